@@ -1,0 +1,1 @@
+"""Who gets the trigger, and which label."""

@@ -1,0 +1,1 @@
+"""Plans, the runner that carries them out, and the tables it fills."""

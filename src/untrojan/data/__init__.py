@@ -1,0 +1,1 @@
+"""What goes in: image sets, where they come from, and batched augmentation."""

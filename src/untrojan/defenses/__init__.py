@@ -1,0 +1,1 @@
+"""Defences, by when they act: cleansing before training, training, scanning and repair after it."""

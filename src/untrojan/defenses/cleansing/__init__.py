@@ -1,0 +1,1 @@
+"""Defences that inspect and clean a training set."""

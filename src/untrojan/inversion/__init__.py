@@ -1,0 +1,1 @@
+"""The one engine that finds triggers by gradient, many class pairs at once."""
