@@ -102,6 +102,8 @@ class Splits:
 
     train: ImageSet
     test: ImageSet | None = None
+    notes: tuple[str, ...] = ()
+    """What reading did to the data, a line each: images resized, recoloured, skipped, left out."""
 
 
 def concatenate(sets: Sequence[ImageSet]) -> ImageSet:

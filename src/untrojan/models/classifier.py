@@ -34,13 +34,16 @@ class Classifier(nn.Module):
         std: Tensor,
         architecture: str = "custom",
         precision: Precision = "float32",
+        image_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        """``mean`` and ``std`` are (C,), over pixels in [0, 1]; ``architecture`` is the registry's name."""
+        """``mean`` and ``std`` are (C,), over pixels in [0, 1]; ``architecture`` is the registry's name;
+        ``image_shape`` is the (C, H, W) the network was built for, where it is known."""
         super().__init__()
         self.network = keep_stem_in_float32(network)
         self.num_classes = num_classes
         self.architecture = architecture
         self.precision: Precision = precision
+        self.image_shape = image_shape
         self.register_buffer("mean", mean.float().view(1, -1, 1, 1))
         self.register_buffer("std", std.float().view(1, -1, 1, 1))
 

@@ -1,0 +1,141 @@
+"""From a plan to its cells and the stages they share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from untrojan.bench.graph import Cell, Stage
+from untrojan.bench.plan import AttackEntry, DefenseEntry, NetEntry, Plan, matching
+from untrojan.bench.versions import VERSIONS
+from untrojan.registry import options_of
+
+COMPUTED_TRIGGERS = ("universal",)
+"""Triggers that are computed on a clean model, not drawn."""
+
+
+def expand(plan: Plan) -> list[Cell]:
+    """Every cell of the plan once, all of the first seed before any of the second."""
+    found: dict[tuple[str, str, str, str, int], Cell] = {}
+    for data, net, attack, defense, seed in _coordinates(plan):
+        place = (data, net, attack, defense, seed)
+        if place not in found:
+            found[place] = _Expansion(plan, data, net, seed).cell(attack, defense)
+    order = {seed: index for index, seed in enumerate(dict.fromkeys(place[4] for place in found))}
+    return sorted(found.values(), key=lambda cell: order[int(cell.axes["seed"])])
+
+
+def _coordinates(plan: Plan) -> Iterator[tuple[str, str, str, str, int]]:
+    for grid in plan.grid:
+        axes = []
+        for axis in ("data", "nets", "attacks", "defenses"):
+            known = list(getattr(plan, axis))
+            axes.append(list(dict.fromkeys(n for p in getattr(grid, axis) for n in matching(p, known))))
+        yield from itertools.product(*axes, grid.seeds or plan.seeds)
+
+
+class _Expansion:
+    """The stages of cells with the same data, net and seed."""
+
+    def __init__(self, plan: Plan, data: str, net: str, seed: int) -> None:
+        self.plan, self.data_name, self.net_name, self.seed = plan, data, net, seed
+        self.net: NetEntry = plan.nets[net]
+        entry = plan.data[data]
+        self.data = self._stage("data", {"name": data, **entry.model_dump(exclude={"source"})}, {}, data)
+
+    def cell(self, attack_name: str, defense_name: str) -> Cell:
+        attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
+        # Controls differ by their training; the attack's draw and the victim's training share one seed.
+        seed = self.seed + attack.seed_offset
+        poisoned = self._poisoned(attack_name, attack, seed)
+        victim = self._trained(self.net.victim, poisoned, seed, f"{attack_name} victim")
+        undefended = self._evaluated(victim, poisoned, f"{attack_name} undefended")
+        stages = {"undefended": undefended}
+        if not attack.clean and attack.poisoning().trigger in COMPUTED_TRIGGERS:
+            stages["clean_model"] = self._clean_model(poisoned, attack_name)
+        if defense.cleanser is not None:
+            stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
+        axes: dict[str, str | int] = {
+            "data": self.data_name,
+            "net": self.net_name,
+            "attack": attack_name,
+            "defense": defense_name,
+            "seed": self.seed,
+        }
+        config = {
+            "data": dict(self.data.config),
+            "architecture": self.net.architecture,
+            "victim": options_of(self.plan.recipe(self.net.victim)),
+            "probe": options_of(self.plan.recipe(self.net.probe)),
+            "attack": dict(poisoned.config),
+            "defense": dict(stages["audit"].config) if "audit" in stages else None,
+        }
+        return Cell(axes, stages, config)
+
+    def _poisoned(self, name: str, attack: AttackEntry, seed: int) -> Stage:
+        if attack.clean:
+            return self._stage("poison", {"attack": None}, {"data": self.data}, "clean set")
+        options = options_of(attack.poisoning())
+        options |= attack.model_dump(include={"target", "sources"}, exclude_none=True)
+        inputs = {"data": self.data}
+        if options["trigger"] in COMPUTED_TRIGGERS:
+            # The attacker's own model: trained as the victim will be, from another seed.
+            surrogate = self._trained(self.net.victim, self._clean(), seed + 1_000_003, f"{name} surrogate")
+            inputs["surrogate"] = surrogate
+        return self._stage("poison", {"attack": options, "seed": seed}, inputs, f"{name} poisoned set")
+
+    def _clean(self) -> Stage:
+        return self._stage("poison", {"attack": None}, {"data": self.data}, "clean set")
+
+    def _trained(self, recipe: str, poisoned: Stage, seed: int, label: str) -> Stage:
+        config = {
+            "architecture": self.net.architecture,
+            "recipe": options_of(self.plan.recipe(recipe)),
+            "seed": seed,
+        }
+        inputs = {"data": self.data, "poisoned": poisoned}
+        return self._stage("train", config, inputs, label, profile=recipe)
+
+    def _evaluated(self, model: Stage, poisoned: Stage, label: str) -> Stage:
+        inputs = {"data": self.data, "poisoned": poisoned, "model": model}
+        return self._stage("evaluate", {}, inputs, label)
+
+    def _clean_model(self, poisoned: Stage, name: str) -> Stage:
+        """What the pattern alone does to a model that was never poisoned nor seen by the attacker."""
+        clean = self._trained(self.net.victim, self._clean(), self.seed + 2_000_003, f"{name} clean model")
+        return self._evaluated(clean, poisoned, f"{name} clean model")
+
+    def _defended(
+        self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, victim: Stage, seed: int
+    ) -> dict[str, Stage]:
+        from untrojan.defenses.cleansing.registry import CLEANSERS
+
+        probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe")
+        cleanser = CLEANSERS.build(str(defense.cleanser), defense.options)
+        options = options_of(cleanser)
+        if "seed" in options and "seed" not in defense.options:
+            options["seed"] = seed
+        config: dict[str, Any] = {"cleanser": defense.cleanser, "options": options}
+        known = {"data": self.data, "poisoned": poisoned}
+        audit = self._stage("audit", config, known | {"probe": probe}, f"{attack} {name} audit", profile=name)
+        stages = {
+            "probe": self._evaluated(probe, poisoned, f"{attack} probe's accuracy"),
+            "audit": audit,
+            "score": self._stage("score", {}, known | {"audit": audit}, f"{attack} {name} score"),
+        }
+        if defense.retrain:
+            retrained = self._stage(
+                "retrain", victim.config, known | {"audit": audit, "victim": victim},
+                f"{attack} {name} retrained", profile=self.net.victim,
+            )  # fmt: skip
+            stages["retrained"] = self._evaluated(retrained, poisoned, f"{attack} {name} after retraining")
+        return stages
+
+    def _stage(
+        self, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Stage], label: str, profile: str = ""
+    ) -> Stage:
+        where = f"{self.data_name}/{self.net_name}"
+        # The data's path is no part of any key, but how long a stage takes depends on data and net.
+        label, profile = f"{label} ({where}, seed {self.seed})", f"{kind}/{where}/{profile}"
+        return Stage(kind, config, inputs, VERSIONS[kind], label, profile)

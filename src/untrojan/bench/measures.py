@@ -1,0 +1,61 @@
+"""The figures a cell can yield, by name: what plans put into columns and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["share", "yes", "number", "seconds"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a cell's result."""
+
+    label: str
+    kind: Kind
+    """``share`` is 0..1 and shown in percent, ``yes`` is true or false and counted."""
+    of_defense: bool = True
+    """Whether it says something of the defence, so that a cell whose attack does not work is left out."""
+
+
+MEASURES: Mapping[str, Measure] = {
+    "undefended.attack_success": Measure("ASR", "share", of_defense=False),
+    "undefended.benign_accuracy": Measure("ACC", "share", of_defense=False),
+    "undefended.accuracy_drop": Measure("ACC below clean", "share", of_defense=False),
+    "undefended.poison_fit": Measure("poison learned", "share", of_defense=False),
+    "clean_model.attack_success": Measure("ASR of a clean model", "share", of_defense=False),
+    "probe.attack_success": Measure("probe ASR", "share"),
+    "probe.benign_accuracy": Measure("probe ACC", "share"),
+    "probe.poison_fit": Measure("probe: poison learned", "share"),
+    "audit.log10_p_value": Measure("log10 p", "number"),
+    "audit.flagged": Measure("flagged", "number"),
+    "audit.seconds": Measure("audit s", "seconds"),
+    "audit.images": Measure("audit images", "number"),
+    "detection.detected": Measure("detected", "yes"),
+    "detection.right_target": Measure("right target", "yes"),
+    "detection.right_source": Measure("right source", "yes"),
+    "detection.false_alarm": Measure("false alarm", "yes"),
+    "detection.undecided": Measure("undecided", "yes"),
+    "cleansing.true_positive_rate": Measure("TPR", "share"),
+    "cleansing.false_positive_rate": Measure("FPR", "share"),
+    "cleansing.removed": Measure("removed", "number"),
+    "cleansing.missed": Measure("missed", "number"),
+    "retrained.attack_success": Measure("retrained ASR", "share"),
+    "retrained.benign_accuracy": Measure("retrained ACC", "share"),
+    "retrained.accuracy_drop": Measure("retrained ACC below clean", "share"),
+}
+
+
+def value_of(result: Mapping[str, Any], name: str) -> float | None:
+    """A figure out of a result file's content; None where the cell does not yield it."""
+    section, _, key = name.partition(".")
+    if name in ("audit.seconds", "audit.images"):
+        parts = [part for part in result.get("cost", ()) if part.get("kind") == "audit"]
+        return float(sum(part.get(key, 0.0) for part in parts)) if parts else None
+    found = (result.get("result") or {}).get(section)
+    value = found.get(key) if isinstance(found, Mapping) else None
+    if isinstance(value, bool):
+        return float(value)
+    return float(value) if isinstance(value, int | float) else None

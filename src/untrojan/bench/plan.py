@@ -1,0 +1,342 @@
+"""Plan files: which attacks, defences, data, nets and seeds, and which tables are made of them.
+
+A plan is TOML. It is checked in full before anything runs, and what is wrong is reported with the file, the
+key, and what is allowed there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from untrojan.bench.measures import MEASURES
+from untrojan.bench.published import PUBLISHED
+from untrojan.errors import UntrojanError
+
+if TYPE_CHECKING:
+    from untrojan.attacks.poisoning import Poisoning
+    from untrojan.training.recipe import Recipe
+
+LARGEST_PLAN = 2**20
+"""Bytes."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9+.=-]*$", max_length=64)]
+"""Names become file names: letters, digits and ``+ . = -``."""
+Axis = Literal["data", "net", "attack", "defense", "seed"]
+Patterns = list[str]
+Class = Annotated[int, Field(ge=0)] | str
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, given: Any) -> Any:
+        # pydantic says that a key is not allowed, but not which ones are.
+        if isinstance(given, dict):
+            for key in given:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}: choose one of {', '.join(cls.model_fields)}")
+        return given
+
+
+class DataEntry(_Strict):
+    source: str | None = None
+    """A known name or a path; the entry's own name where it is left out."""
+    size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    train_per_class: Count | None = None
+    """Keep at most so many training images of each class, drawn once."""
+    test_per_class: Count | None = None
+
+
+class NetEntry(_Strict):
+    architecture: str
+    victim: str
+    """The recipe, of this plan or a preset's name, of the model that is attacked, and of retraining."""
+    probe: str
+    """The recipe of the defender's own classifier."""
+
+
+class AttackEntry(_Strict):
+    named: str | None = None
+    """One of RE's attacks (``A-3SC``, ``gtsrb``, ...); what follows below overrides its settings."""
+    clean: bool = False
+    """No attack: a control."""
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Multiplies a named attack's count."""
+    seed_offset: int = 0
+    """Added to the cell's seed, so that several controls under one seed differ."""
+    published: str | None = None
+    """The attack's name in the published figures, where it is not its own."""
+    trigger: str | None = None
+    trigger_options: dict[str, Any] | None = None
+    target: Class | None = None
+    sources: list[Class] | Literal["all"] | None = None
+    count: Count | None = None
+    rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    clean_label: bool | None = None
+    all_to_all: bool | None = None
+    keep_originals: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> AttackEntry:
+        if sum([self.clean, self.named is not None, self.named is None and self.trigger is not None]) != 1:
+            raise ValueError("give one of clean = true, named = an attack's name, or trigger = a trigger's")
+        return self
+
+    def poisoning(self, class_index: Callable[[Class], int] | None = None) -> Poisoning:
+        """The attack. ``class_index`` turns names of classes into numbers; without it they only stand in."""
+        from untrojan.attacks.poisoning import Poisoning
+        from untrojan.attacks.reverse_engineering_attacks import named_attack
+        from untrojan.registry import validated
+        from untrojan.triggers.registry import TRIGGERS
+
+        number = class_index or stand_in
+        fields = [field.name for field in dataclasses.fields(Poisoning)]
+        given = {key: value for key in fields if (value := getattr(self, key, None)) is not None}
+        if "target" in given:
+            given["target"] = number(given["target"])
+        if isinstance(given.get("sources"), list):
+            given["sources"] = tuple(number(each) for each in given["sources"])
+        if self.named is not None:
+            base = named_attack(self.named, self.scale)
+            given = {field: getattr(base, field) for field in fields} | given
+            if self.rate is not None:
+                given["count"] = None
+        attack = validated(Poisoning, given, f"attack {self.named or self.trigger!r}")
+        TRIGGERS.build(attack.trigger, attack.trigger_options)
+        return attack
+
+
+class DefenseEntry(_Strict):
+    cleanser: str | None = None
+    """None leaves the set as it is."""
+    options: dict[str, Any] = {}
+    retrain: bool = True
+    published: str | None = None
+    """The defence's name in the published figures; the cleanser's where it is left out."""
+
+
+class GridEntry(_Strict):
+    """Cells: the product of what these patterns match."""
+
+    data: Patterns = ["*"]
+    nets: Patterns = ["*"]
+    attacks: Patterns = ["*"]
+    defenses: Patterns = ["*"]
+    seeds: list[int] | None = None
+
+
+class Choice(_Strict):
+    """Which cells a table or a bound is about."""
+
+    data: Patterns = ["*"]
+    nets: Patterns = ["*"]
+    attacks: Patterns = ["*"]
+    defenses: Patterns = ["*"]
+
+    def takes(self, axes: Mapping[str, Any]) -> bool:
+        pairs = [
+            ("data", self.data),
+            ("net", self.nets),
+            ("attack", self.attacks),
+            ("defense", self.defenses),
+        ]
+        return all(any(fnmatch.fnmatchcase(str(axes[axis]), p) for p in patterns) for axis, patterns in pairs)
+
+
+class TableEntry(_Strict):
+    name: Name
+    title: str
+    cells: Choice = Choice()
+    rows: list[Axis] = ["attack"]
+    """The axes that make a row; cells that differ in the others alone are averaged."""
+    columns: list[str]
+    published: list[str] = []
+    """Files of published figures to set beside ours."""
+    published_net: str | None = None
+    """The published net to compare with; the cell's architecture where it is left out."""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _known(self) -> TableEntry:
+        for column in self.columns:
+            _check_measure(column)
+        for file in self.published:
+            if file not in PUBLISHED:
+                raise ValueError(f"no published figures {file!r}: choose one of {', '.join(PUBLISHED)}")
+        return self
+
+
+class BoundEntry(_Strict):
+    """Something that is to hold; cells whose attack does not work are not counted."""
+
+    text: str
+    cells: Choice = Choice()
+    measure: str
+    statistic: Literal["mean", "largest", "smallest", "fraction"]
+    """``fraction`` is the share of cells in which the measure is true."""
+    given: str | None = None
+    """Count only the cells in which this measure is true."""
+    at_least: float | tuple[int, int] | None = None
+    """A number, or [17, 18] for 17 of 18: as a share where more or fewer cells count."""
+    at_most: float | tuple[int, int] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return given
+
+    @model_validator(mode="after")
+    def _known(self) -> BoundEntry:
+        for measure in filter(None, [self.measure, self.given]):
+            _check_measure(measure)
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("give either at_least or at_most")
+        return self
+
+
+class Potency(_Strict):
+    """When an attack counts: it works undefended, and the model is as good as a clean one."""
+
+    attack_success: Annotated[float, Field(ge=0, le=1)] = 0.85
+    accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.02
+    """Below the mean of the clean controls of the same data, net and seed, where there are any."""
+
+
+class Plan(_Strict):
+    name: Name
+    title: str
+    description: str = ""
+    seeds: Annotated[list[int], Field(min_length=1)]
+    data: Annotated[dict[Name, DataEntry], Field(min_length=1)]
+    nets: Annotated[dict[Name, NetEntry], Field(min_length=1)]
+    attacks: Annotated[dict[Name, AttackEntry], Field(min_length=1)]
+    defenses: Annotated[dict[Name, DefenseEntry], Field(min_length=1)]
+    recipes: dict[Name, dict[str, Any]] = {}
+    """Fields of a recipe, or ``preset = NAME`` and the fields that differ from it."""
+    grid: list[GridEntry] = [GridEntry()]
+    potency: Potency = Potency()
+    tables: list[TableEntry] = []
+    bounds: list[BoundEntry] = []
+
+    def recipe(self, name: str) -> Recipe:
+        """A recipe of the plan, or a preset. Raises UntrojanError where there is neither."""
+        from untrojan.registry import options_of, validated
+        from untrojan.training.recipe import Recipe
+
+        if name not in self.recipes:
+            return _preset(name, tuple(self.recipes))
+        fields = dict(self.recipes[name])
+        preset = fields.pop("preset", None)
+        base = options_of(_preset(str(preset))) if preset is not None else {}
+        return validated(Recipe, base | fields, f"recipe {name!r}")
+
+    def resolve_sources(self, given: Mapping[str, str]) -> dict[str, str]:
+        """For each data name its path or known name, ``--data NAME=PATH`` first."""
+        for name in given:
+            if name not in self.data:
+                raise UntrojanError(f"--data {name}=...: the plan's data are {', '.join(self.data)}")
+        return {name: given.get(name) or entry.source or name for name, entry in self.data.items()}
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan file, checked in full. Raises UntrojanError with the file, the key and what is allowed."""
+    try:
+        if path.stat().st_size > LARGEST_PLAN:
+            raise UntrojanError(f"{path} is larger than {LARGEST_PLAN} bytes: it is no plan")
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UntrojanError(f"cannot read plan {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UntrojanError(f"{path} is not a TOML file: {error}") from None
+    try:
+        plan = Plan.model_validate(content)
+    except ValidationError as error:
+        raise UntrojanError(f"{path}: {_first_problem(error)}") from None
+    for key, check in _checks(plan):
+        try:
+            check()
+        except UntrojanError as error:
+            raise UntrojanError(f"{path}: {key}: {error}") from None
+    return plan
+
+
+def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
+    """What pydantic cannot know: the names and options that registries hold."""
+    from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.models.registry import check_name
+
+    for name, net in plan.nets.items():
+        yield f"nets.{name}.architecture", partial(check_name, net.architecture)
+        yield f"nets.{name}.victim", partial(plan.recipe, net.victim)
+        yield f"nets.{name}.probe", partial(plan.recipe, net.probe)
+    for name in plan.recipes:
+        yield f"recipes.{name}", partial(plan.recipe, name)
+    for name, attack in plan.attacks.items():
+        if not attack.clean:
+            yield f"attacks.{name}", attack.poisoning
+    for name, defense in plan.defenses.items():
+        if defense.cleanser is not None:
+            yield f"defenses.{name}", partial(CLEANSERS.build, defense.cleanser, defense.options)
+    choices: list[tuple[str, GridEntry | Choice]] = [
+        *((f"grid.{index}", grid) for index, grid in enumerate(plan.grid)),
+        *((f"tables.{table.name}.cells", table.cells) for table in plan.tables),
+        *((f"bounds.{index}.cells", bound.cells) for index, bound in enumerate(plan.bounds)),
+    ]
+    for (key, choice), axis in itertools.product(choices, ("data", "nets", "attacks", "defenses")):
+        for pattern in getattr(choice, axis):
+            yield f"{key}.{axis}", partial(matching, pattern, list(getattr(plan, axis)))
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a pattern matches. Raises UntrojanError where none does."""
+    known = list(names)
+    found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise UntrojanError(f"{pattern!r} matches none of {', '.join(known)}")
+    return found
+
+
+def _preset(name: str, own: tuple[str, ...] = ()) -> Recipe:
+    from untrojan.training.presets import PRESETS
+
+    if name not in PRESETS:
+        raise UntrojanError(f"unknown recipe {name!r}: choose one of {', '.join([*own, *PRESETS])}")
+    return PRESETS[name]
+
+
+def _check_measure(name: str) -> None:
+    if name not in MEASURES:
+        raise ValueError(f"unknown measure {name!r}: choose one of {', '.join(MEASURES)}")
+
+
+def stand_in(label: Class) -> int:
+    """A number for a class whose name can only be looked up once the data are loaded; one for each name."""
+    if isinstance(label, int):
+        return label
+    return 1_000_000 + int.from_bytes(label.encode()[:8], "big") % 1_000_000
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]") or "plan"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{place}: this key is missing"
+    if first["type"] == "value_error":
+        return f"{place}: {message}"
+    shown = repr(first.get("input"))
+    return f"{place}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not valid: {message}"

@@ -1,0 +1,343 @@
+"""What each kind of stage does: thin calls of the package's own functions.
+
+Poisoned sets are not stored: remaking one from the data, the attack and the seed takes about a second, and
+its fingerprint says that it came out the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from untrojan.bench.graph import Cell, Place, StageFunction
+from untrojan.bench.plan import AttackEntry, Plan
+from untrojan.errors import UntrojanError
+
+if TYPE_CHECKING:
+    import torch
+
+    from untrojan.attacks.poisoning import PoisonedData
+    from untrojan.data.image_set import ImageSet, Splits
+    from untrojan.models.classifier import Classifier
+    from untrojan.triggers.base import Trigger
+
+MODEL = "model.safetensors"
+PATTERN = "pattern.safetensors"
+FLAGS = "flags.safetensors"
+
+
+def data(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Look at the data. Its fingerprint ties every later stage to these very images."""
+    splits = _load(_settings(config, place.sources))
+    return {
+        "fingerprint": _fingerprint(splits),
+        "classes": list(splits.train.class_names),
+        "shape": list(splits.train.image_shape),
+        "train": len(splits.train),
+        "test": len(splits.test) if splits.test else 0,
+    }
+
+
+def poison(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Make a poisoned set, to learn its fingerprint; compute its pattern where one has to be computed."""
+    if "surrogate" in place.inputs:
+        _compute_pattern(config["attack"], place)
+    made = _make(config, place.inputs["data"], place.sources, place.out)
+    known = {"fingerprint": made.train.fingerprint(), "train": len(made.train), "poisoned": 0}
+    if made.attack is not None:
+        record = made.attack.record
+        known |= {"poisoned": int(record.poisoned.sum()), "target": record.target, "sources": record.sources}
+    return known
+
+
+def train(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Train a classifier on the poisoned set."""
+    return _train(config, place, _poisoned(place).train)
+
+
+def retrain(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Train as the victim was trained, on what the defence has left. Where that is everything: the victim."""
+    flagged = _flags(place.inputs["audit"])
+    if not bool(flagged.any()):
+        (place.out / "same-as").write_text(str(_model_folder(place.inputs["victim"])))
+        return {"unchanged": True}
+    return _train(config, place, _poisoned(place).train.select(~flagged))
+
+
+def evaluate(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Accuracy on clean test images, attack success, and the share of the poison that was learned."""
+    from untrojan.metrics.accuracy import attack_success_rate, benign_accuracy
+    from untrojan.models.classifier import predictions_of
+
+    made, model = _poisoned(place), _model(place.inputs["model"])
+    result: dict[str, Any] = {"benign_accuracy": benign_accuracy(model, made.test)}
+    if made.attack is not None:
+        poisoned = made.train.select(made.attack.record.poisoned)
+        learned = predictions_of(model, poisoned.images) == poisoned.labels
+        result["attack_success"] = attack_success_rate(model, made.attack.triggered_test)
+        result["poison_fit"] = float(learned.double().mean())
+    return result
+
+
+def audit(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Run a cleanser. It gets the training set and the probe, and nothing else."""
+    from safetensors.torch import save_file
+
+    from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.runs import json_text, write_bytes_atomically
+
+    cleanser = CLEANSERS.build(config["cleanser"], config["options"])
+    model = _model(place.inputs["probe"])
+    report = cleanser(_poisoned(place).train, model, checkpoint=place.scratch / "inversion.safetensors")
+    save_file({"flagged": report.flagged, "scores": report.scores}, place.out / FLAGS)
+    evidence = dict(report.evidence)
+    patterns = evidence.pop("patterns", {})
+    if patterns:
+        tensors = {str(target): pattern.contiguous() for target, pattern in patterns.items()}
+        save_file(tensors, place.out / PATTERN)
+    write_bytes_atomically(place.out / "evidence.json", json_text(evidence).encode())
+    return {
+        "verdict": report.verdict,
+        "targets": report.targets,
+        "sources": report.sources,
+        "flagged": int(report.flagged.sum()),
+        "reason": report.reason,
+        "p_value": evidence.get("p_value"),
+        "log10_p_value": evidence.get("log10_p_value"),
+    }
+
+
+def score(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Hold an audit against the truth, which it never saw."""
+    from untrojan.metrics.cleansing import cleansing_rates
+
+    made, found = _poisoned(place), _summary(place.inputs["audit"])
+    poisoned = found["verdict"] == "poisoned"
+    undecided = found["verdict"] == "undecided"
+    flagged = _flags(place.inputs["audit"])
+    if made.attack is None:
+        rates = cleansing_rates(flagged, made.train.labels)
+        detection = {"false_alarm": poisoned, "undecided": undecided}
+        removed = {"removed": rates.removed, "false_positive_rate": rates.false_positive_rate}
+        return {"sections": {"detection": detection, "cleansing": removed}}
+    record = made.attack.record
+    # One target is right where it is the only one found: a second would cost a clean class its images.
+    right = poisoned and (record.target is None or list(found["targets"]) == [record.target])
+    first = found["sources"][0][0] if found["sources"] and found["sources"][0] else None
+    detection = {
+        "detected": poisoned,
+        "right_target": right,
+        "right_source": right and first in record.sources,
+        "undecided": undecided,
+    }
+    rates = cleansing_rates(flagged, made.train.labels, record)
+    return {"sections": {"detection": detection, "cleansing": rates.to_json()}}
+
+
+STAGES: Mapping[str, StageFunction] = {
+    "data": data,
+    "poison": poison,
+    "train": train,
+    "evaluate": evaluate,
+    "audit": audit,
+    "score": score,
+    "retrain": retrain,
+}
+
+
+def check_data(plan: Plan, cells: Iterable[Cell], sources: Mapping[str, str]) -> None:
+    """Load every data set that these cells need, and look up the classes that their attacks name.
+
+    Raises UntrojanError where data cannot be loaded, have no test images, or lack a class.
+    """
+    pairs = dict.fromkeys((str(cell.axes["data"]), str(cell.axes["attack"])) for cell in cells)
+    for name, attack_name in pairs:
+        config = {"name": name, **plan.data[name].model_dump(exclude={"source"})}
+        splits = _load(_settings(config, sources))
+        if splits.test is None or not len(splits.test):
+            raise UntrojanError(f"data {name!r}: {sources[name]} has no test images, which results need")
+        attack = plan.attacks[attack_name]
+        if attack.clean:
+            continue
+        try:
+            poisoning = attack.poisoning(splits.train.class_index)
+            target = [] if poisoning.target is None else [poisoning.target]
+            for label in [*poisoning.poisoned_classes(splits.train.num_classes), *target]:
+                splits.train.class_index(label)
+        except UntrojanError as error:
+            raise UntrojanError(f"attacks.{attack_name} on data {name!r}: {error}") from None
+
+
+class _Made:
+    """A training set as a trainer receives it, and the truth beside it."""
+
+    def __init__(self, clean: Splits, attack: PoisonedData | None) -> None:
+        self.attack = attack
+        self.train: ImageSet = attack.train if attack else clean.train
+        assert clean.test is not None
+        self.test: ImageSet = clean.test
+
+
+def _settings(config: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[Any, ...]:
+    keys = ("size", "train_per_class", "test_per_class")
+    return (sources.get(config["name"], config["name"]), *(config.get(key) for key in keys))
+
+
+@lru_cache(maxsize=2)
+def _load(settings: tuple[Any, ...]) -> Splits:
+    from untrojan.data.image_set import Splits
+    from untrojan.data.load import load
+
+    source, size, train_per_class, test_per_class = settings
+    found = load(source, size=size)
+    test = None if found.test is None else _thinned(found.test, test_per_class)
+    return Splits(_thinned(found.train, train_per_class), test)
+
+
+def _thinned(images: ImageSet, per_class: int | None) -> ImageSet:
+    """At most so many images of each class, always the same ones."""
+    if per_class is None:
+        return images
+    import torch
+
+    from untrojan.seeding import generator
+
+    order = torch.randperm(len(images), generator=generator(0, "subset"))
+    kept = [order[images.labels[order] == label][:per_class] for label in range(images.num_classes)]
+    return images.select(torch.cat(kept).sort().values)
+
+
+def _fingerprint(splits: Splits) -> str:
+    return splits.train.fingerprint() + (splits.test.fingerprint() if splits.test else "")
+
+
+def _known_data(folder: Path, sources: Mapping[str, str]) -> Splits:
+    """The data a finished data stage looked at. Raises UntrojanError where they have changed since."""
+    record = _record(folder)
+    splits = _load(_settings(record["config"], sources))
+    if _fingerprint(splits) != record["summary"]["fingerprint"]:
+        name = record["config"]["name"]
+        raise UntrojanError(f"data {name!r} are not those this folder was begun with: use another --out")
+    return splits
+
+
+def _poisoned(place: Place) -> _Made:
+    """The set that the poison stage made, made again."""
+    folder = place.inputs["poisoned"]
+    return _remade(folder, place.inputs["data"], tuple(sorted(place.sources.items())))
+
+
+@lru_cache(maxsize=2)
+def _remade(folder: Path, data_folder: Path, sources: tuple[tuple[str, str], ...]) -> _Made:
+    record = _record(folder)
+    made = _make(record["config"], data_folder, dict(sources), folder)
+    if made.train.fingerprint() != record["summary"]["fingerprint"]:
+        raise UntrojanError(
+            "the poisoned set did not come out as before: versions changed; use another --out"
+        )
+    return made
+
+
+def _make(config: Mapping[str, Any], data_folder: Path, sources: Mapping[str, str], folder: Path) -> _Made:
+    splits = _known_data(data_folder, sources)
+    if config["attack"] is None:
+        return _Made(splits, None)
+    attack = _attack_entry(config["attack"]).poisoning(splits.train.class_index)
+    return _Made(splits, attack(splits, config["seed"], drawn=_stored_pattern(folder)))
+
+
+def _attack_entry(options: Mapping[str, Any]) -> AttackEntry:
+    given = {key: value for key, value in options.items() if value is not None}
+    if isinstance(given.get("sources"), tuple):
+        given["sources"] = list(given["sources"])
+    return AttackEntry.model_validate(given)
+
+
+def _compute_pattern(options: Mapping[str, Any], place: Place) -> None:
+    """Section 18: the attacker's universal pattern, on a surrogate trained on clean data."""
+    import torch
+    from safetensors.torch import save_file
+
+    from untrojan.triggers.universal import universal_pattern
+
+    train = _known_data(place.inputs["data"], place.sources).train
+    attack = _attack_entry(options).poisoning(train.class_index)
+    rows = torch.isin(train.labels, torch.tensor(attack.poisoned_classes(train.num_classes)))
+    if attack.target is None:
+        raise UntrojanError("a universal pattern needs a target class")
+    surrogate = _model(place.inputs["surrogate"])
+    pattern = universal_pattern(surrogate, train.images[rows], attack.target)
+    save_file({"pattern": pattern.contiguous()}, place.out / PATTERN)
+
+
+def _stored_pattern(folder: Path) -> Trigger | None:
+    if not (folder / PATTERN).exists():
+        return None
+    from safetensors.torch import load_file
+
+    from untrojan.triggers.additive import Additive
+
+    return Additive(load_file(folder / PATTERN)["pattern"])
+
+
+def _train(config: Mapping[str, Any], place: Place, images: ImageSet) -> dict[str, Any]:
+    from untrojan.models.checkpoints import save_checkpoint
+    from untrojan.models.registry import build_for
+    from untrojan.registry import validated
+    from untrojan.training.loop import train as run_training
+    from untrojan.training.recipe import Recipe
+
+    recipe = validated(Recipe, config["recipe"], "recipe")
+    model = build_for(images, config["architecture"], precision=recipe.precision, seed=config["seed"])
+    model = model.to(_device())
+    history = run_training(
+        model, images, recipe, seed=config["seed"], checkpoint=place.scratch / "training.pt",
+        description=place.label or "training",
+    )  # fmt: skip
+    save_checkpoint(place.out / MODEL, model, images.class_names)
+    last = history.epochs[-1]
+    return {"unchanged": False, "images": len(images), "loss": last.loss, "fit": last.accuracy}
+
+
+def _model(folder: Path) -> Classifier:
+    from untrojan.models.checkpoints import load_checkpoint
+
+    # The plan's architecture has been checked; naming it is what lets a user's own factory be imported.
+    folder = _model_folder(folder)
+    architecture = _record(folder)["config"]["architecture"]
+    return load_checkpoint(folder / MODEL, architecture)[0].to(_device())
+
+
+def _model_folder(folder: Path) -> Path:
+    """Where the model of a train or retrain stage lies."""
+    link = folder / "same-as"
+    # Only the last parts are taken: the store may have been moved since.
+    if link.exists():
+        kind, key = Path(link.read_text()).parts[-2:]
+        return folder.parent.parent / kind / key
+    return folder
+
+
+def _flags(folder: Path) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(folder / FLAGS)["flagged"]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = _record(folder)["summary"]
+    return found

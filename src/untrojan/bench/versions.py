@@ -1,0 +1,19 @@
+"""The version of each stage function, a part of its stages' keys.
+
+Raise one when the outcome of the same configuration changes: stored stages and results of the old version
+then count as another experiment's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+VERSIONS: Mapping[str, int] = {
+    "data": 1,
+    "poison": 1,
+    "train": 1,
+    "evaluate": 1,
+    "audit": 1,
+    "score": 1,
+    "retrain": 1,
+}

@@ -1,0 +1,83 @@
+"""What commands are given, checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from untrojan.errors import UntrojanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from untrojan.data.image_set import ImageSet
+    from untrojan.models.classifier import Classifier
+
+
+def key_values(pairs: Sequence[str] | None, option: str) -> dict[str, Any]:
+    """``["alpha=0.2", "place=[1, 2]"]`` as a dictionary: JSON where it parses, else the text itself."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise UntrojanError(f"{option} {pair!r} is not NAME=VALUE")
+        try:
+            found[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[key.replace("-", "_")] = value
+    return found
+
+
+def classes(text: str, data: ImageSet) -> tuple[int, ...]:
+    """A list with commas of class names or 0-based indices. A name that has a comma in it stands alone."""
+    parts = [text] if text in data.class_names else [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(dict.fromkeys(data.class_index(part) for part in parts))
+
+
+def new_file(path: Path, overwrite: bool, option: str) -> None:
+    """Refuse a file that could not be written in the end, before an hour is spent on its content."""
+    if path.is_dir():
+        raise UntrojanError(f"{option} {path} is a folder: name a file in it")
+    if path.exists() and not overwrite:
+        raise UntrojanError(f"{option} {path} exists: choose another name, or pass --overwrite")
+    if not path.parent.is_dir():
+        raise UntrojanError(f"{option} {path}: there is no folder {path.parent}, create it first")
+
+
+def numbers(text: str | None, option: str) -> Tensor | None:
+    """``"0.49,0.48,0.45"`` as a tensor."""
+    import torch
+
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UntrojanError(f"{option} {text!r} is not a list of numbers such as 0.49,0.48,0.45") from None
+    return torch.tensor(values)
+
+
+def load_model(
+    path: Path, data: ImageSet, architecture: str | None, mean: str | None, std: str | None
+) -> Classifier:
+    """A checkpoint that fits the data: as many classes, in the same order, and the same image shape."""
+    from untrojan.models.checkpoints import load_checkpoint
+
+    means, stds = numbers(mean, "--mean"), numbers(std, "--std")
+    channels = data.image_shape[0]
+    for option, values in (("--mean", means), ("--std", stds)):
+        if values is not None and len(values) != channels:
+            raise UntrojanError(f"{option} has {len(values)} numbers, the images have {channels} channels")
+    model, names = load_checkpoint(
+        path, architecture, data.num_classes, data.image_shape, mean=means, std=stds
+    )
+    # A state dict from elsewhere names its classes by number: nothing to compare then.
+    if names != data.class_names and not all(name.isdecimal() for name in names):
+        first = next(i for i, name in enumerate(names) if name != data.class_names[i])
+        raise UntrojanError(
+            f"{path}: its class {first} is {names[first]!r}, the data's is {data.class_names[first]!r}: "
+            "use the data the model was trained on, or rename the class folders"
+        )
+    return model

@@ -1,0 +1,114 @@
+"""``untrojan poison``: a training set with a backdoor in it, for research."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from untrojan.cli import inputs, options
+
+if TYPE_CHECKING:
+    from untrojan.attacks.poisoning import Poisoning
+    from untrojan.data.image_set import ImageSet
+
+
+def poison(
+    data: options.Data,
+    out: options.Out,
+    trigger: Annotated[
+        str, typer.Option(metavar="NAME", help="chessboard, patch, blend, ...; a wrong name lists them all.")
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="Class the trigger leads to: a name or a 0-based index."),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLASS",
+            help="Class that gets the trigger; several with commas or repeated. "
+            "By default all but the target.",
+        ),
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Images poisoned of each source class.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the whole set poisoned; in place of --count.")
+    ] = None,
+    trigger_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the trigger; repeatable.")
+    ] = None,
+    clean_label: Annotated[
+        bool, typer.Option("--clean-label", help="Poison the target's own images, labels untouched.")
+    ] = False,
+    all_to_all: Annotated[
+        bool, typer.Option("--all-to-all", help="Each class becomes the next; takes no --target.")
+    ] = False,
+    keep_originals: Annotated[
+        bool, typer.Option("--keep-originals", help="Add poisoned images; else they replace their originals.")
+    ] = False,
+    size: options.Size = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Poison a data set. Writes train.npz, test.npz, triggered.npz and, apart from them, truth/truth.json.
+
+    Example: [bold]untrojan poison signs --trigger chessboard --source 3,5 --target 1 --count 60 --out attack[/bold]
+    """  # noqa: E501
+    options.begin(threads, quiet)
+    from untrojan.attacks.files import save_triggered
+    from untrojan.data.load import load
+    from untrojan.data.save import save_npz
+    from untrojan.runs import RunFolder
+    from untrojan.triggers.registry import TRIGGERS
+
+    settings = {
+        "trigger": trigger,
+        "trigger_options": inputs.key_values(trigger_option, "--trigger-option"),
+        "count": count,
+        "rate": rate,
+        "clean_label": clean_label,
+        "all_to_all": all_to_all,
+        "keep_originals": keep_originals,
+    }
+    TRIGGERS.build(trigger, settings["trigger_options"])
+    config = {"data": data, "size": size, "target": target, "source": source, **settings, "seed": seed}
+    with RunFolder(out, "poison", config, overwrite=overwrite) as folder:
+        splits = load(data, size=size)
+        folder.use_data("train", splits.train)
+        attack = _attack(settings, target, source, splits.train)
+        made = attack(splits, seed)
+        save_npz(folder.staged("train.npz"), made.train)
+        save_npz(folder.staged("test.npz"), made.test)
+        save_triggered(folder.staged("triggered.npz"), made.triggered_test, made.test.class_names)
+        folder.write_json("truth/truth.json", made.record.to_json())
+        folder.write_tensors("truth/trigger.safetensors", made.record.tensors)
+    if not quiet:
+        _summary(attack, splits.train, int(made.record.poisoned.sum()), len(made.train))
+        options.say(f"written: {out}/train.npz, test.npz, triggered.npz; the truth: {out}/truth/")
+
+
+def _attack(
+    settings: dict[str, Any], target: str | None, source: list[str] | None, train: ImageSet
+) -> Poisoning:
+    from untrojan.attacks.poisoning import Poisoning
+    from untrojan.registry import validated
+
+    chosen = dict(settings)
+    if target is not None:
+        chosen["target"] = train.class_index(target)
+    if source:
+        chosen["sources"] = tuple(
+            dict.fromkeys(label for text in source for label in inputs.classes(text, train))
+        )
+    return validated(Poisoning, chosen, "the attack")
+
+
+def _summary(attack: Poisoning, train: ImageSet, poisoned: int, images: int) -> None:
+    goal = "the next class" if attack.target is None else options.named(train, attack.target)
+    classes = attack.poisoned_classes(train.num_classes)
+    sources = ", ".join(options.named(train, label) for label in classes[:20])
+    more = ", ..." if len(classes) > 20 else ""
+    options.say(f"{poisoned} of {images} images poisoned with {attack.trigger}: {sources}{more} -> {goal}")

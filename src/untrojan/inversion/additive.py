@@ -1,0 +1,43 @@
+"""RE's pattern estimation: one additive pattern that flips a class when added and unflips it when removed.
+
+Xiang, Miller & Kesidis, "Reverse Engineering Imperceptible Backdoor Attacks on Deep Neural Networks for
+Detection and Training Set Cleansing", section 4.2.1, equation 9.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdditivePattern:
+    """v with x' = clip(x + v): an :class:`~untrojan.inversion.engine.Problem`."""
+
+    balance: float = 1.0
+    """RE's lambda: the weight of flipping the source against unflipping the target."""
+
+    def initial(self, pairs: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        return torch.zeros(len(pairs), *image_shape)
+
+    def views(self, parameters: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        return torch.cat([self.embed(parameters, sources), self.remove(parameters, targets)], 1)
+
+    def loss(self, logits: Tensor, parameters: Tensor, pairs: Tensor) -> Tensor:
+        half = logits.shape[1] // 2
+        target = pairs[:, 1, None, None].expand(-1, logits.shape[1], 1)
+        scores = logits.gather(2, target).squeeze(2)
+        total = logits.logsumexp(2)
+        # log(1 - p_t) from logits: 1 - p rounds to nothing where the model is sure, and it is sure.
+        others = logits.scatter(2, target, float("-inf")).logsumexp(2)
+        unflipped = (others - total)[:, half:].mean(1)
+        flipped = (scores - total)[:, :half].mean(1)
+        return -(unflipped + self.balance * flipped)
+
+    def embed(self, parameters: Tensor, images: Tensor) -> Tensor:
+        return (images + parameters[:, None]).clamp(0, 1)
+
+    def remove(self, parameters: Tensor, images: Tensor) -> Tensor:
+        return (images - parameters[:, None]).clamp(0, 1)

@@ -1,0 +1,345 @@
+"""Find the smallest input transformation that flips a model, for many (source, target) pairs at once.
+
+Reverse engineering, Neural Cleanse, MOTH, DECK and ABS all solve this problem K or K(K-1) times. Here the
+parameters of all pairs are stacked, their images concatenated, and one forward and backward serves them
+all: what counts on any machine is images a step, so each pair can make do with few of them. A pair whose
+constraint is met leaves the batch.
+
+Which images a pair sees at a step depends on the seed, the pair and the step alone. Results therefore do
+not depend on how the pairs were batched, beyond float rounding, and a killed run resumes exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from untrojan.data.image_set import ImageSet
+from untrojan.errors import UntrojanError
+from untrojan.models.classifier import Classifier, evaluating, to_float
+from untrojan.progress import task
+from untrojan.seeding import generator
+
+CHECKPOINT_SECONDS = 30.0
+
+
+class Problem(Protocol):
+    """What is sought: a transformation, and what it is rewarded for."""
+
+    def initial(self, pairs: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        """Starting parameters (P, ...) for int64 pairs (P, 2) of source and target class."""
+        ...
+
+    def views(self, parameters: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        """The images to classify, (A, V, C, H, W), of A pairs.
+
+        ``sources`` and ``targets`` are (A, n, C, H, W) in [0, 1]. The first n views are the source images
+        with the transformation embedded: they measure the flip fraction.
+        """
+        ...
+
+    def loss(self, logits: Tensor, parameters: Tensor, pairs: Tensor) -> Tensor:
+        """To be minimised: (A,) from logits (A, V, K), parameters (A, ...) and pairs (A, 2)."""
+        ...
+
+    def embed(self, parameters: Tensor, images: Tensor) -> Tensor:
+        """Images (A, n, C, H, W) with each pair's transformation."""
+        ...
+
+
+class Stepper(Protocol):
+    """How a gradient moves the parameters."""
+
+    def __call__(self, parameters: Tensor, gradients: Tensor, boost: Tensor) -> Tensor:
+        """New parameters (A, ...). ``boost`` (A,) multiplies the step of a pair that has stalled."""
+        ...
+
+
+@dataclass(frozen=True)
+class RawGradient:
+    """v <- v - rate * gradient: RE's line 6."""
+
+    rate: float = 1e-4
+
+    def __call__(self, parameters: Tensor, gradients: Tensor, boost: Tensor) -> Tensor:
+        return parameters - _per_pair(self.rate * boost, gradients) * gradients
+
+
+@dataclass(frozen=True)
+class ProportionalStep:
+    """Along the gradient by a share of the pattern's own norm, so that small and large patterns are found
+    in about as many steps and to about the same relative precision.
+
+    ``least`` is the step's length (L2, pixels in [0, 1]) while the pattern is still small.
+    """
+
+    share: float = 0.05
+    least: float = 0.015
+
+    def __call__(self, parameters: Tensor, gradients: Tensor, boost: Tensor) -> Tensor:
+        norms = parameters.flatten(1).norm(dim=1)
+        lengths = (self.share * norms).clamp_min(self.least) * boost
+        directions = gradients / _per_pair(gradients.flatten(1).norm(dim=1).clamp_min(1e-12), gradients)
+        return parameters - _per_pair(lengths, gradients) * directions
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How hard to try. See :data:`PAPER` and :data:`FAST`."""
+
+    stepper: Stepper
+    images_a_side: int
+    """Source images, and as many target images, in each step of each pair."""
+    flip_fraction: float = 0.95
+    """The constraint: the share of source images that must be classified as the target (RE's pi)."""
+    confirm_images: int | None = None
+    """Source images on which the constraint is confirmed; None takes every one."""
+    confirm_every: int = 5
+    """Steps between two confirmations at least; a pair far from its constraint waits longer."""
+    most_steps: int = 5000
+    """A pair that has not met its constraint by then is reported as failed, never as a small norm."""
+    stall_steps: int = 200
+    """Steps without a better flip fraction after which the step length doubles."""
+    images_a_forward: int = 1024
+
+
+PAPER = Schedule(RawGradient(1e-4), images_a_side=256)
+"""RE's published constants (section 5.2.1): step 1e-4 along the raw gradient, 256 images a side, and the
+constraint confirmed on every source image."""
+
+FAST = Schedule(
+    ProportionalStep(), images_a_side=24, confirm_images=512, confirm_every=2, most_steps=400, stall_steps=60
+)
+"""Few images a step for many pairs at once, and steps in proportion to the pattern found so far."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inversion:
+    """What was found for each pair."""
+
+    pairs: Tensor
+    """int64 (P, 2): source and target class."""
+    parameters: Tensor
+    """float32 (P, ...)."""
+    flip_fraction: Tensor
+    """float32 (P,): share of the confirming images that flip."""
+    solved: Tensor
+    """bool (P,): the constraint was met. Norms of the others mean nothing."""
+    steps: Tensor
+    """int64 (P,)."""
+
+
+def all_pairs(num_classes: int) -> Tensor:
+    """int64 (K(K-1), 2): every ordered pair of different classes."""
+    source, target = torch.meshgrid(torch.arange(num_classes), torch.arange(num_classes), indexing="ij")
+    different = source != target
+    return torch.stack([source[different], target[different]], 1)
+
+
+def invert(
+    model: Classifier,
+    data: ImageSet,
+    pairs: Tensor,
+    problem: Problem,
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    start: Tensor | None = None,
+    description: str = "inverting",
+) -> Inversion:
+    """Solve ``problem`` for every pair; the model's weights, modes and gradient flags stay as they are.
+
+    ``data`` are the labelled images (possibly poisoned: labels are taken as they stand), ``pairs`` int64
+    (P, 2), ``start`` parameters (P, ...) to set out from instead of the problem's own. With ``checkpoint``,
+    an interrupted search goes on where it was.
+
+    Raises UntrojanError where a class of a pair has no images or the model another number of classes.
+    """
+    pools = ClassPools(data, seed)
+    _check(model, data, pools, pairs)
+    state = _Search(model, pools, pairs, problem, schedule, start)
+    state.restore(checkpoint)
+    with evaluating(model), task(description, len(pairs), "pairs", done=int(state.finished.sum())) as bar:
+        last_saved = time.monotonic()
+        while not state.finished.all():
+            for active in state.chunks():
+                bar.advance(state.advance(active))
+            if checkpoint is not None and time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+                state.save(checkpoint)
+                last_saved = time.monotonic()
+    if checkpoint is not None:
+        state.save(checkpoint)
+    return Inversion(pairs, state.parameters, state.flips, state.solved, state.steps)
+
+
+class ClassPools:
+    """Each class's images in an order of its own, dealt out in turn without replacement."""
+
+    def __init__(self, data: ImageSet, seed: int) -> None:
+        self.images = data.images
+        self.shape = data.image_shape
+        shuffled = torch.randperm(len(data), generator=generator(seed, "pools"))
+        by_class = shuffled[data.labels[shuffled].argsort(stable=True)]
+        self.order = by_class
+        self.counts = data.class_counts
+        self.starts = self.counts.cumsum(0) - self.counts
+        # Pairs set out from different places of a class, or all would see the same few images.
+        self.offsets = torch.randint(
+            1 << 30, (data.num_classes, data.num_classes), generator=generator(seed, "offsets")
+        )
+
+    def deal(self, classes: Tensor, others: Tensor, steps: Tensor, count: int) -> Tensor:
+        """uint8 (A, count, C, H, W): the images of ``classes`` that pairs see at their ``steps``."""
+        first = self.offsets[classes, others] + steps * count
+        places = (first[:, None] + torch.arange(count)) % self.counts[classes][:, None]
+        rows = self.order[self.starts[classes][:, None] + places]
+        return self.images[rows.flatten()].view(len(classes), count, *self.shape)
+
+    def first(self, label: int, count: int | None) -> Tensor:
+        """uint8 (n, C, H, W): a fixed random subset of a class, or all of it."""
+        size = int(self.counts[label])
+        begin = int(self.starts[label])
+        return self.images[self.order[begin : begin + min(size, count or size)]]
+
+
+class _Search:
+    """Where each pair stands."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        pools: ClassPools,
+        pairs: Tensor,
+        problem: Problem,
+        schedule: Schedule,
+        start: Tensor | None,
+    ) -> None:
+        self.model, self.pools, self.pairs = model, pools, pairs
+        self.problem, self.schedule = problem, schedule
+        count = len(pairs)
+        self.parameters = problem.initial(pairs, pools.shape) if start is None else start.clone()
+        self.flips = torch.zeros(count)
+        self.latest = torch.zeros(count)
+        self.running = torch.zeros(count)
+        self.best = torch.zeros(count)
+        self.boost = torch.ones(count)
+        self.steps = torch.zeros(count, dtype=torch.int64)
+        self.last_gain = torch.zeros(count, dtype=torch.int64)
+        self.next_confirmation = torch.zeros(count, dtype=torch.int64)
+        self.solved = torch.zeros(count, dtype=torch.bool)
+        self.finished = torch.zeros(count, dtype=torch.bool)
+
+    def chunks(self) -> list[Tensor]:
+        """The pairs still searching, in groups that fill one forward each."""
+        a_pair = 2 * self.schedule.images_a_side
+        size = max(1, self.schedule.images_a_forward // a_pair)
+        return list((~self.finished).nonzero().flatten().split(size))
+
+    def advance(self, active: Tensor) -> int:
+        """One step of these pairs; the number of them that finished."""
+        self._confirm(active[(self.steps[active] >= self.next_confirmation[active])])
+        moving = active[~self.finished[active]]
+        if len(moving):
+            self._step(moving)
+        return int(self.finished[active].sum())
+
+    def _step(self, active: Tensor) -> None:
+        pairs, count = self.pairs[active], self.schedule.images_a_side
+        device = self.model.device
+        source, target = pairs.unbind(1)
+        source_images = to_float(self.pools.deal(source, target, self.steps[active], count), device)
+        target_images = to_float(self.pools.deal(target, source, self.steps[active], count), device)
+        parameters = self.parameters[active].to(device).requires_grad_()
+        views = self.problem.views(parameters, source_images, target_images)
+        logits = self.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        loss = self.problem.loss(logits, parameters, pairs.to(device))
+        (gradients,) = torch.autograd.grad(loss.sum(), parameters)
+        moved = self.schedule.stepper(parameters.detach(), gradients, self.boost[active].to(device))
+        self.parameters[active] = moved.cpu()
+        self.steps[active] += 1
+        flipped = (logits[:, :count].argmax(2) == pairs[:, 1:].to(device)).float().mean(1).cpu()
+        self._note(active, flipped)
+
+    def _note(self, active: Tensor, flipped: Tensor) -> None:
+        """Keep a running flip fraction, double the step of stalled pairs, give up on hopeless ones."""
+        self.latest[active] = flipped
+        self.running[active] = 0.7 * self.running[active] + 0.3 * flipped
+        gained = active[self.running[active] > self.best[active] + 0.005]
+        self.best[gained] = self.running[gained]
+        self.last_gain[gained] = self.steps[gained]
+        stalled = active[self.steps[active] - self.last_gain[active] >= self.schedule.stall_steps]
+        self.boost[stalled] *= 2
+        self.last_gain[stalled] = self.steps[stalled]
+        spent = active[self.steps[active] >= self.schedule.most_steps]
+        if len(spent):
+            self._confirm(spent)
+            self.finished[spent] = True
+
+    def _confirm(self, due: Tensor) -> None:
+        """Measure the constraint where the last step's estimate comes near it."""
+        wanted = self.schedule.flip_fraction
+        # A few images a step make a rough estimate; what it would miss by is made up by confirming early.
+        margin = 1.5 * (wanted * (1 - wanted) / self.schedule.images_a_side) ** 0.5
+        first = self.steps[due] == 0
+        for pair in due[first | (self.latest[due] >= wanted - margin)].tolist():
+            flips = self._measure(pair)
+            self.flips[pair] = flips
+            if flips >= wanted:
+                self.solved[pair] = self.finished[pair] = True
+            wait = self.schedule.confirm_every * (1 + int(20 * max(0.0, wanted - flips)))
+            self.next_confirmation[pair] = self.steps[pair] + wait
+
+    @torch.no_grad()
+    def _measure(self, pair: int) -> float:
+        source, target = self.pairs[pair].tolist()
+        images = self.pools.first(source, self.schedule.confirm_images)
+        parameters = self.parameters[pair : pair + 1].to(self.model.device)
+        hits = 0
+        for batch in images.split(self.schedule.images_a_forward):
+            embedded = self.problem.embed(parameters, to_float(batch, self.model.device)[None])
+            hits += int((self.model(embedded[0]).argmax(1) == target).sum())
+        return hits / len(images)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_file({name: value.contiguous() for name, value in self._tensors().items()}, partial)
+        partial.replace(path)
+
+    def restore(self, path: Path | None) -> None:
+        from safetensors.torch import load_file
+
+        if path is None or not path.exists():
+            return
+        saved = load_file(path)
+        if not torch.equal(saved["pairs"], self.pairs) or saved["parameters"].shape != self.parameters.shape:
+            raise UntrojanError(
+                f"{path} is the checkpoint of another search: remove it, or choose another folder"
+            )
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+
+def _check(model: Classifier, data: ImageSet, pools: ClassPools, pairs: Tensor) -> None:
+    if model.num_classes < data.num_classes:
+        raise UntrojanError(
+            f"the model has {model.num_classes} outputs for the data's {data.num_classes} classes"
+        )
+    for label in pairs.unique().tolist():
+        if int(pools.counts[label]) == 0:
+            raise UntrojanError(f"class {data.class_names[label]!r} has no images to invert with")
+
+
+def _per_pair(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,40 @@
+"""Building blocks shared by the families.
+
+Every activation is its own, out-of-place module: a feature tap can then name it, and what a hook recorded
+is never overwritten by the next layer.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def scaled(filters: int, width: float) -> int:
+    """``filters`` times the width multiplier, rounded, never below 4."""
+    return max(4, round(filters * width))
+
+
+def conv_bn_relu(in_channels: int, filters: int, stride: int = 1, bias: bool = False) -> list[nn.Module]:
+    """A padded 3x3 convolution, batch norm and ReLU."""
+    convolution = nn.Conv2d(in_channels, filters, 3, stride, padding=1, bias=bias)
+    return [convolution, nn.BatchNorm2d(filters), nn.ReLU()]
+
+
+class GlobalAveragePool(nn.Module):
+    """(N, C, H, W) to (N, C): the mean over places."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.mean((2, 3))
+
+
+def he_initialise(network: nn.Module) -> nn.Module:
+    """He-normal weights and zero biases, for networks without batch norm, which would else fade out.
+
+    He et al., "Delving Deep into Rectifiers" (2015), section 2.2.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network

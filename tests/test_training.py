@@ -1,0 +1,154 @@
+"""The training loop: exact resumption, schedules, and errors that say what to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from untrojan.cost import measure
+from untrojan.data.image_set import ImageSet, numbered
+from untrojan.errors import UntrojanError
+from untrojan.models.classifier import Classifier, predictions_of
+from untrojan.training.loop import train, with_fewer_epochs
+from untrojan.training.presets import PRESETS, preset
+from untrojan.training.recipe import Recipe
+
+QUICK = Recipe(epochs=3, batch_size=16, learning_rate=0.01, crop_padding=1, flip=True)
+
+
+def tiny_net(seed: int = 0) -> Classifier:
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Dropout(0.1), nn.Linear(8, 3),
+    )  # fmt: skip
+    return Classifier(network, 3, torch.full((3,), 0.5), torch.full((3,), 0.25))
+
+
+def coloured(count: int = 100) -> ImageSet:
+    """Three classes told apart by their colour."""
+    torch.manual_seed(2)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 128, (count, 3, 8, 8))
+    images[torch.arange(count), labels] += 100
+    return ImageSet(images.to(torch.uint8), labels, ("red", "green", "blue"), numbered(count))
+
+
+def test_a_separable_set_is_learned_and_the_history_tells() -> None:
+    model, data = tiny_net(), coloured()
+    history = train(model, data, replace(QUICK, epochs=20, schedule="one_cycle", learning_rate=0.02))
+    assert float((predictions_of(model, data.images) == data.labels).float().mean()) > 0.95
+    assert len(history.epochs) == 20
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    assert history.epochs[-1].accuracy > 0.9
+    assert not model.training
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("interrupted_at", [4, 7, 10])
+def test_killed_run_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, interrupted_at: int
+) -> None:
+    monkeypatch.setattr("untrojan.training.loop.CHECKPOINT_SECONDS", 0.0)
+    recipe = replace(QUICK, optimizer=optimizer, schedule="one_cycle")
+    data = coloured()
+    whole = tiny_net()
+    expected = train(whole, data, recipe, seed=5)
+
+    calls = 0
+
+    def interrupt(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > interrupted_at:
+            raise KeyboardInterrupt
+
+    checkpoint = tmp_path / "victim.pt"
+    killed = tiny_net()
+    handle = killed.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, data, recipe, seed=5, checkpoint=checkpoint)
+    handle.remove()
+    resumed = tiny_net(seed=9)
+    history = train(resumed, data, recipe, seed=5, checkpoint=checkpoint)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert [e.loss for e in history.epochs] == [e.loss for e in expected.epochs]
+    assert [e.accuracy for e in history.epochs] == [e.accuracy for e in expected.epochs]
+
+
+def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    checkpoint, data = tmp_path / "victim.pt", coloured()
+    train(tiny_net(), data, QUICK, checkpoint=checkpoint)
+    with measure() as cost:
+        train(tiny_net(), data, QUICK, checkpoint=checkpoint)
+    assert cost.backwards == 0
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    checkpoint, data = tmp_path / "victim.pt", coloured()
+    train(tiny_net(), data, QUICK, checkpoint=checkpoint)
+    with pytest.raises(UntrojanError, match="another run"):
+        train(tiny_net(), data, QUICK, seed=1, checkpoint=checkpoint)
+
+
+def test_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    train(tiny_net(), coloured(), QUICK)
+    torch.manual_seed(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_divergence_is_a_clear_error() -> None:
+    with pytest.raises(UntrojanError, match="lower learning_rate"):
+        train(tiny_net(), coloured(), replace(QUICK, optimizer="sgd", learning_rate=1e30))
+
+
+def test_wrong_number_of_classes_is_a_clear_error() -> None:
+    data = replace(coloured(), class_names=("red", "green", "blue", "white"))
+    with pytest.raises(UntrojanError, match="3 outputs and the data have 4"):
+        train(tiny_net(), data, QUICK)
+
+
+def test_last_batch_of_one_image_is_left_out() -> None:
+    data = coloured(33)
+    with measure() as cost:
+        train(tiny_net(), data, replace(QUICK, epochs=1))
+    assert cost.backwards == 2
+
+
+def test_steps_schedule_decays_at_its_milestones() -> None:
+    recipe = replace(QUICK, epochs=4, schedule="steps", milestones=(2, 3), learning_rate=1e-3)
+    rates = [epoch.learning_rate for epoch in train(tiny_net(), coloured(), recipe).epochs]
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5])
+
+
+def test_loss_and_batch_hooks_see_rows_and_bytes() -> None:
+    seen: list[Tensor] = []
+
+    def transform(images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        assert images.dtype == torch.uint8
+        return images, torch.zeros_like(labels)
+
+    def loss(model: Classifier, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        assert not bool(labels.any())
+        seen.append(rows)
+        logits = model(images)
+        return nn.functional.cross_entropy(logits, labels), logits
+
+    train(tiny_net(), coloured(), replace(QUICK, epochs=1), loss=loss, batch_transform=transform)
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(100))
+
+
+def test_presets_are_by_name_and_scale() -> None:
+    assert preset("paper-victim").epochs == 100
+    assert (preset("paper-probe").crop_padding, preset("paper-probe").flip) == (0, False)
+    with pytest.raises(UntrojanError, match="desk-probe"):
+        preset("nonsense")
+    half = with_fewer_epochs(PRESETS["paper-cifar100-probe"], 0.5)
+    assert (half.epochs, half.milestones) == (60, (30, 50, 55))
