@@ -22,7 +22,7 @@ from untrojan.inversion.engine import (
 )
 from untrojan.models.classifier import Classifier
 
-FINE = Schedule(ProportionalStep(0.02, 0.002), images_a_side=16, confirm_every=1, most_steps=500)
+FINE = Schedule(ProportionalStep(0.02, 2e-4, 0.0), images_a_side=16, confirm_every=1, most_steps=500)
 
 
 def linear_model(num_classes: int, seed: int = 0) -> Classifier:
@@ -93,10 +93,10 @@ def test_pair_that_never_flips_is_reported_as_failed() -> None:
         model.network[1].bias[2] = -1e6  # type: ignore[index, union-attr]
     data = grey_images(model, 3)
     data.labels[:20] = 2
-    short = Schedule(ProportionalStep(), images_a_side=8, most_steps=20)
+    short = Schedule(ProportionalStep(), images_a_side=8, most_steps=80)
     found = invert(model, data, torch.tensor([[0, 2], [2, 0]]), AdditivePattern(), short)
     assert found.solved.tolist() == [False, True]
-    assert found.steps.tolist()[0] == 20
+    assert found.steps.tolist()[0] == 80
 
 
 def test_interrupted_search_resumes_to_the_same_result(

@@ -13,11 +13,9 @@ On success the results are moved into the folder, ``run.json`` last, and ``.work
 
 from __future__ import annotations
 
-import csv
 import errno
 import fcntl
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -25,7 +23,6 @@ import platform
 import shutil
 import socket
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -38,7 +35,6 @@ from untrojan.cost import Cost, measure
 from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from torch import Tensor
 
     from untrojan.data.image_set import ImageSet
@@ -293,33 +289,20 @@ def json_ready(value: Any) -> Any:
     return str(value)
 
 
-def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """An ``.npz`` file, uncompressed: equal arrays give equal bytes. Arrays of objects are refused."""
-    import numpy as np
-
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, array in arrays.items():
-            # A fixed date in place of the present: the same set is then the same file.
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """RFC 4180 with a line feed. Names in it come from untrusted data, hence the guard against formulas."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow([_no_formula(cell) for cell in row])
-    return buffer.getvalue()
+    return "".join(",".join(map(_csv_cell, row)) + "\n" for row in (header, *rows))
 
 
-def _no_formula(cell: object) -> object:
-    if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return f"'{cell}"
-    return cell
+def _csv_cell(value: object) -> str:
+    text = "" if value is None else str(value)
+    # A spreadsheet would run such text; numbers may begin with a sign.
+    if isinstance(value, str) and text[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        text = f"'{text}"
+    # Not the csv module, which leaves a lone carriage return unquoted where lines end in a line feed.
+    if not text or any(character in text for character in ',"\r\n'):
+        return '"' + text.replace('"', '""') + '"' if isinstance(value, str) else text
+    return text
 
 
 def versions() -> dict[str, str]:
@@ -358,7 +341,7 @@ def raise_if_disk_full(error: BaseException, place: Path | None = None) -> None:
     """Turn any library's way of saying that the disk is full into the one line a user can act on."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     # Libraries that write for themselves raise exceptions of their own, torch without the system's reason.
-    said = ("no space left on device", "pytorchstreamwriter failed writing")
+    said = ("no space left on device", "pytorchstreamwriter failed", "unexpected pos", "iostream error")
     if full or (not isinstance(error, UntrojanError) and any(text in str(error).lower() for text in said)):
         where = f" on the disk that holds {place}" if place else ""
         raise UntrojanError(

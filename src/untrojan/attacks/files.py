@@ -1,34 +1,28 @@
-"""Triggered test images as a file: ``x`` uint8 (M, H, W, C), ``y`` true labels, ``wanted`` labels."""
+"""Triggered test images as a file: a set as any other, under their true labels, and the labels wanted."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from untrojan.attacks.poisoning import TriggeredTest
-from untrojan.data.image_set import ImageSet
+from untrojan.data.image_set import ImageSet, numbered
+from untrojan.data.save import save_npz
+from untrojan.data.sources.arrays import checked_labels
+from untrojan.data.sources.npz import read_array
+from untrojan.data.sources.options import Limits, parsing
 from untrojan.errors import UntrojanError
-from untrojan.runs import npz_bytes, write_bytes_atomically
 
-LARGEST = 4 * 2**30
-"""Bytes that a file may unpack to."""
-_KEYS = ("x", "y", "wanted")
+WANTED = "wanted_labels"
 
 
 def save_triggered(path: Path, triggered: TriggeredTest, class_names: tuple[str, ...]) -> None:
-    """Write an ``.npz`` that :func:`load_triggered` reads. Raises UntrojanError on a full disk."""
-    arrays = {
-        "x": triggered.images.permute(0, 2, 3, 1).numpy(),
-        "y": triggered.true_labels.numpy(),
-        "wanted": triggered.wanted_labels.numpy(),
-        "class_names": np.array(class_names, dtype=np.str_),
-    }
-    write_bytes_atomically(path, npz_bytes(arrays))
+    """Write an ``.npz`` that :func:`load_triggered` reads. Raises UntrojanError where it can't be written."""
+    images = ImageSet(triggered.images, triggered.true_labels, class_names, numbered(len(triggered)))
+    save_npz(path, images, extra={WANTED: triggered.wanted_labels})
 
 
 def load_triggered(path: Path, data: ImageSet) -> TriggeredTest:
@@ -37,41 +31,32 @@ def load_triggered(path: Path, data: ImageSet) -> TriggeredTest:
     Raises UntrojanError for a file that is missing, damaged, too large or no triggered set, and where its
     images or labels do not fit the data.
     """
-    arrays = _read(path)
-    images, labels, wanted = (arrays[key] for key in _KEYS)
-    channels, height, width = data.image_shape
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, channels):
-        raise UntrojanError(
-            f"{path}: x is {images.dtype} {images.shape}, the data need uint8 (M, {height}, {width}, {channels})"
+    if not path.is_file():
+        raise UntrojanError(f"{path} is not there: give the triggered.npz that untrojan poison wrote")
+    limits = Limits()
+    with (
+        parsing(str(path), "give the triggered.npz that untrojan poison wrote"),
+        zipfile.ZipFile(path) as file,
+    ):
+        images, labels, wanted = (
+            read_array(file, key, path, limits) for key in ("x_train", "y_train", WANTED)
         )
-    for key, values in (("y", labels), ("wanted", wanted)):
-        if values.shape != (len(images),) or values.dtype.kind not in "iu":
-            raise UntrojanError(f"{path}: {key} must hold {len(images)} integers, one for each image")
-        if len(values) and not 0 <= values.min() <= values.max() < data.num_classes:
-            raise UntrojanError(f"{path}: {key} has labels outside 0..{data.num_classes - 1}")
-    if not len(images):
-        raise UntrojanError(f"{path} holds no images")
-    return TriggeredTest(
-        images=torch.from_numpy(images.transpose(0, 3, 1, 2).copy()),
-        wanted_labels=torch.from_numpy(wanted.astype(np.int64)),
-        true_labels=torch.from_numpy(labels.astype(np.int64)),
-    )
-
-
-def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > LARGEST:
-                raise UntrojanError(f"{path} unpacks to more than {LARGEST} bytes: refused")
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in _KEYS}
-    except FileNotFoundError:
+    channels, height, width = data.image_shape
+    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels) or not len(images):
         raise UntrojanError(
-            f"{path} does not exist: give the triggered.npz that untrojan poison wrote"
-        ) from None
-    # The parser meets hostile bytes here; whatever it stumbles over, the file is at fault.
-    except (OSError, ValueError, KeyError, EOFError, SyntaxError, MemoryError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UntrojanError(
-            f"{path} is no triggered set ({reason}): give what untrojan poison wrote"
-        ) from None
+            f"{path} holds {images.dtype} images {images.shape}, the data need uint8 "
+            f"(M, {height}, {width}, {channels}): poison the same data, at the same --size"
+        )
+    columns = []
+    for name, column in (("true labels", labels), (WANTED, wanted)):
+        checked = checked_labels(column, f"{path} ({name})", limits)
+        if len(checked) != len(images):
+            raise UntrojanError(f"{path} has {len(images)} images but {len(checked)} {name}: poison again")
+        if checked.max() >= data.num_classes:
+            raise UntrojanError(
+                f"{path} has {name} up to {checked.max()}, the data have {data.num_classes} classes: "
+                "give the data that were poisoned"
+            )
+        columns.append(torch.from_numpy(checked))
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return TriggeredTest(images=pixels, true_labels=columns[0], wanted_labels=columns[1])

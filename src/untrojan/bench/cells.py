@@ -18,10 +18,11 @@ COMPUTED_TRIGGERS = ("universal",)
 def expand(plan: Plan) -> list[Cell]:
     """Every cell of the plan once, all of the first seed before any of the second."""
     found: dict[tuple[str, str, str, str, int], Cell] = {}
+    resolved = _Resolved(plan)
     for data, net, attack, defense, seed in _coordinates(plan):
         place = (data, net, attack, defense, seed)
         if place not in found:
-            found[place] = _Expansion(plan, data, net, seed).cell(attack, defense)
+            found[place] = _Expansion(resolved, data, net, seed).cell(attack, defense)
     order = {seed: index for index, seed in enumerate(dict.fromkeys(place[4] for place in found))}
     return sorted(found.values(), key=lambda cell: order[int(cell.axes["seed"])])
 
@@ -35,11 +36,40 @@ def _coordinates(plan: Plan) -> Iterator[tuple[str, str, str, str, int]]:
         yield from itertools.product(*axes, grid.seeds or plan.seeds)
 
 
+class _Resolved:
+    """A plan's recipes, attacks and defences with all their options, each looked up once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        names = dict.fromkeys(name for net in plan.nets.values() for name in (net.victim, net.probe))
+        self.recipes = {name: options_of(plan.recipe(name)) for name in names}
+        self.attacks = {name: _attack_options(entry) for name, entry in plan.attacks.items()}
+        self.defenses = {name: _defense_options(entry) for name, entry in plan.defenses.items()}
+
+
+def _attack_options(entry: AttackEntry) -> dict[str, Any] | None:
+    if entry.clean:
+        return None
+    # Names of classes stay names: what they stand for is known once the data are.
+    named = entry.model_dump(include={"target", "sources"}, exclude_none=True)
+    return options_of(entry.poisoning()) | named
+
+
+def _defense_options(entry: DefenseEntry) -> dict[str, Any]:
+    from untrojan.defenses.cleansing.registry import CLEANSERS
+
+    if entry.cleanser is None:
+        return {}
+    return options_of(CLEANSERS.build(entry.cleanser, entry.options))
+
+
 class _Expansion:
     """The stages of cells with the same data, net and seed."""
 
-    def __init__(self, plan: Plan, data: str, net: str, seed: int) -> None:
-        self.plan, self.data_name, self.net_name, self.seed = plan, data, net, seed
+    def __init__(self, resolved: _Resolved, data: str, net: str, seed: int) -> None:
+        plan = resolved.plan
+        self.resolved, self.plan = resolved, plan
+        self.data_name, self.net_name, self.seed = data, net, seed
         self.net: NetEntry = plan.nets[net]
         entry = plan.data[data]
         self.data = self._stage("data", {"name": data, **entry.model_dump(exclude={"source"})}, {}, data)
@@ -48,11 +78,12 @@ class _Expansion:
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
         # Controls differ by their training; the attack's draw and the victim's training share one seed.
         seed = self.seed + attack.seed_offset
-        poisoned = self._poisoned(attack_name, attack, seed)
+        options = self.resolved.attacks[attack_name]
+        poisoned = self._poisoned(attack_name, options, seed)
         victim = self._trained(self.net.victim, poisoned, seed, f"{attack_name} victim")
         undefended = self._evaluated(victim, poisoned, f"{attack_name} undefended")
-        stages = {"undefended": undefended}
-        if not attack.clean and attack.poisoning().trigger in COMPUTED_TRIGGERS:
+        stages = {"data": self.data, "undefended": undefended}
+        if options and options["trigger"] in COMPUTED_TRIGGERS:
             stages["clean_model"] = self._clean_model(poisoned, attack_name)
         if defense.cleanser is not None:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
@@ -66,18 +97,16 @@ class _Expansion:
         config = {
             "data": dict(self.data.config),
             "architecture": self.net.architecture,
-            "victim": options_of(self.plan.recipe(self.net.victim)),
-            "probe": options_of(self.plan.recipe(self.net.probe)),
+            "victim": self.resolved.recipes[self.net.victim],
+            "probe": self.resolved.recipes[self.net.probe],
             "attack": dict(poisoned.config),
             "defense": dict(stages["audit"].config) if "audit" in stages else None,
         }
         return Cell(axes, stages, config)
 
-    def _poisoned(self, name: str, attack: AttackEntry, seed: int) -> Stage:
-        if attack.clean:
-            return self._stage("poison", {"attack": None}, {"data": self.data}, "clean set")
-        options = options_of(attack.poisoning())
-        options |= attack.model_dump(include={"target", "sources"}, exclude_none=True)
+    def _poisoned(self, name: str, options: dict[str, Any] | None, seed: int) -> Stage:
+        if options is None:
+            return self._clean()
         inputs = {"data": self.data}
         if options["trigger"] in COMPUTED_TRIGGERS:
             # The attacker's own model: trained as the victim will be, from another seed.
@@ -91,7 +120,7 @@ class _Expansion:
     def _trained(self, recipe: str, poisoned: Stage, seed: int, label: str) -> Stage:
         config = {
             "architecture": self.net.architecture,
-            "recipe": options_of(self.plan.recipe(recipe)),
+            "recipe": self.resolved.recipes[recipe],
             "seed": seed,
         }
         inputs = {"data": self.data, "poisoned": poisoned}
@@ -109,11 +138,8 @@ class _Expansion:
     def _defended(
         self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, victim: Stage, seed: int
     ) -> dict[str, Stage]:
-        from untrojan.defenses.cleansing.registry import CLEANSERS
-
         probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe")
-        cleanser = CLEANSERS.build(str(defense.cleanser), defense.options)
-        options = options_of(cleanser)
+        options = dict(self.resolved.defenses[name])
         if "seed" in options and "seed" not in defense.options:
             options["seed"] = seed
         config: dict[str, Any] = {"cleanser": defense.cleanser, "options": options}

@@ -296,7 +296,7 @@ def _footer(plan: Plan, cells: Sequence[Cell], outcomes: Sequence[Outcome], fold
         if error:
             lines.append(f"- failed: {cell.name}: {_safe(error['stage'])}: {_safe(error['message'])}")
     machines = {_machine(outcome.content) for outcome in outcomes}
-    lines += [f"- measured on {machine}" for machine in sorted(machines)]
+    lines += [f"- measured on {_safe(machine)}" for machine in sorted(machines)]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ def audit(
     architecture: options.Architecture = None,
     mean: options.Mean = None,
     std: options.Std = None,
-    net: options.Net = "resnet18-compact",
+    net: options.Net = "patch-cnn",
     preset: Annotated[str, typer.Option(metavar="NAME", help="The probe's training recipe.")] = "desk-probe",
     schedule: Annotated[
         Literal["fast", "paper"], typer.Option(help="How patterns are estimated: fast, or as published.")
@@ -35,7 +36,10 @@ def audit(
     ] = 0.05,
     size: options.Size = None,
     write_clean: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the set without the flagged images, as .npz.")
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Write the set without the flagged images: .npz, .zip, .tar.gz or a folder."
+        ),
     ] = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
@@ -45,71 +49,58 @@ def audit(
 ) -> None:
     """Find out whether a training set is poisoned, by which pattern, and which images to remove.
 
-    Exit status: 0 no backdoor found, 1 backdoor found, 2 bad input or usage, 3 undecided (the evidence
-    carries neither answer: don't take it for clean).
+    Exit status: 0 no backdoor found, 1 found, 2 bad input or usage, 3 undecided: not to be taken for clean.
 
     Example: [bold]untrojan audit photos/ --out audit --write-clean clean.npz[/bold]
     """
     options.begin(threads, quiet)
     from untrojan.audit import AuditOptions, run_audit
+    from untrojan.audit import audit as find
     from untrojan.data.load import load
-    from untrojan.data.save import save_npz
+    from untrojan.data.save import write_clean as save
     from untrojan.models.registry import check_name
     from untrojan.runs import RunFolder
-    from untrojan.training.presets import preset as known_preset
 
     check_name(net)
-    known_preset(preset)
+    choices = AuditOptions(
+        schedule=schedule, significance=false_alarm_rate, net=net, recipe=preset, seed=seed
+    )
+    choices.training_recipe()
     if write_clean is not None:
-        inputs.new_file(write_clean, overwrite, "--write-clean")
-    config = {
-        "data": data,
-        "size": size,
-        "model": model,
-        "architecture": architecture,
-        "mean": mean,
-        "std": std,
-        "net": net,
-        "preset": preset,
-        "schedule": schedule,
-        "false_alarm_rate": false_alarm_rate,
-        "seed": seed,
-    }
+        inputs.new_data(write_clean, overwrite, "--write-clean")
+    given = {"model": model, "architecture": architecture, "mean": mean, "std": std}
+    config = {"data": data, "size": size, **given, **choices.to_json()}
     with RunFolder(out, "audit", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)
-        folder.use_data("train", splits.train)
-        given = None if model is None else inputs.load_model(model, splits.train, architecture, mean, std)
-        choices = AuditOptions(
-            net=net,
-            preset=preset,
-            schedule=schedule,
-            false_alarm_rate=false_alarm_rate,
-            seed=seed,
-            model=given,
-        )
-        result = run_audit(splits, choices, folder)
-        if write_clean is not None:
-            save_npz(write_clean, splits.train.select(~result.flagged), splits.test)
+        train = splits.train
+        folder.use_data("train", train)
+        trained = None if model is None else inputs.load_model(model, train, architecture, mean, std)
+        found = find(train, choices, model=trained, work=folder.work)
+        result = run_audit(splits, choices, folder, subject=data, found=found)
+        written = write_clean is not None and result.verdict != "undecided"
+        if write_clean is not None and written:
+            save(write_clean, replace(splits, train=train.select(~found.report.flagged)))
     if json:
         options.print_json(result.metrics)
     elif not quiet:
-        _summary(result.metrics, out, write_clean)
+        _summary(result.metrics, out, write_clean if written else None)
     raise typer.Exit(STATUS[result.verdict])
 
 
-def _summary(metrics: Mapping[str, Any], out: Path, write_clean: Path | None) -> None:
+def _summary(metrics: Mapping[str, Any], out: Path, cleaned: Path | None) -> None:
     verdict = {"clean": "no backdoor found", "poisoned": "BACKDOOR FOUND", "undecided": "UNDECIDED"}
+    names = metrics["class_names"]
     options.say(f"{verdict[metrics['verdict']]}: {metrics['reason']}")
-    for key, label in (
-        ("target", "target class"),
-        ("sources", "source classes"),
-        ("p_value", "p-value"),
-        ("flagged", "images to remove"),
-    ):
-        value = metrics.get(key)
-        if value not in (None, []):
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            options.say(f"{label + ':':<18}{shown}")
-    options.say(f"{'report:':<18}{out / 'report.html'}")
-    if write_clean is not None:
-        options.say(f"{'cleaned set:':<18}{write_clean}")
+    for target in metrics["targets"]:
+        sources = metrics["sources_by_target"][str(target)]
+        listed = ", ".join(f"{source} ({names[source]})" for source in sources)
+        options.say(f"  into class {target} ({names[target]}), from {listed or 'no class in particular'}")
+    if metrics["p_value"] is not None:
+        options.say(f"p-value: {metrics['p_value']:.2g}")
+    if metrics["flagged"]:
+        options.say(
+            f"images to remove: {metrics['flagged']} of {metrics['images']}, see {out / 'flagged.csv'}"
+        )
+    if cleaned is not None:
+        options.say(f"cleaned set: {cleaned}")
+    options.say(f"report: {out / 'report.html'}")

@@ -112,7 +112,7 @@ def list_cells(
         [cell["cell"], cell["status"], ", ".join(s["label"] for s in cell["stages"] if s["status"] != "done")]
         for cell in cells
     ]
-    options.print_table("", ["cell", "status", "stages left"], rows)
+    options.print_table(["cell", "status", "stages left"], rows)
 
 
 def seconds_of(text: str) -> float:

@@ -17,9 +17,15 @@ def list_names() -> None:
 
     Example: [bold]untrojan data list[/bold]
     """
-    from untrojan.data.known import KNOWN
+    from untrojan.data import known
 
-    options.print_table("", ["name", "what"], [[name, known.description] for name, known in KNOWN.items()])
+    rows = []
+    for name in known.known_names():
+        facts = known.info(name)
+        here = known.is_built_in(name) or known.locate(name) is not None
+        size = f"{facts.image_size}x{facts.image_size}"
+        rows.append([name, facts.title, facts.classes, size, "yes" if here else "no", facts.terms])
+    options.print_table(["name", "what", "classes", "size", "here", "terms"], rows)
 
 
 @app.command()
@@ -50,16 +56,17 @@ def info(
         if part is not None
     }
     if json:
-        options.print_json(facts)
+        options.print_json({**facts, "notes": splits.notes})
         return
     for name, part in parts.items():
         if part is not None:
             channels, height, width = part.image_shape
             options.say(f"{name}: {len(part)} images, {height}x{width}, {channels} channels")
             options.say(f"  fingerprint {part.fingerprint()}")
+    for note in splits.notes:
+        options.say(f"note: {note}")
     counts = [None if part is None else part.class_counts.tolist() for part in parts.values()]
     options.print_table(
-        "",
         ["index", "class", *(name for name, part in parts.items() if part is not None)],
         [
             [i, name, *(column[i] for column in counts if column is not None)]
@@ -78,12 +85,10 @@ def fetch(
     Example: [bold]untrojan data fetch cifar10[/bold]
     """
     options.begin(None, quiet)
-    from untrojan.data.known import KNOWN
+    from untrojan.data import known
     from untrojan.data.load import load
-    from untrojan.errors import UntrojanError
 
-    if name not in KNOWN:
-        raise UntrojanError(f"{name!r} is not a known data set: choose one of {', '.join(KNOWN)}")
+    known.info(name)
     splits = load(name)
     tested = 0 if splits.test is None else len(splits.test)
     options.say(f"{name}: {len(splits.train)} training and {tested} test images", quiet=quiet)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from untrojan.cli import options
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ def demo(
 def _summary(metrics: Mapping[str, Any], out: Path) -> None:
     undefended, retrained = metrics["undefended"], metrics["retrained"]
     options.print_table(
-        "",
         ["", "trained as delivered", "trained after cleansing"],
         [
             [label, options.share(undefended[key]), options.share(retrained[key])]
@@ -47,7 +44,8 @@ def _summary(metrics: Mapping[str, Any], out: Path) -> None:
             )
         ],
     )
-    cleansing = metrics["cleansing"]
+    cleansing, audit = metrics["cleansing"], metrics["audit"]
+    options.say(f"audit: {audit['verdict']}, {audit['reason']}")
     options.say(
         f"poisoned images found: {options.share(cleansing['true_positive_rate'])}, "
         f"clean images of the target class lost: {options.share(cleansing['false_positive_rate'])}"

@@ -35,7 +35,7 @@ def evaluate(
 
     Attack success leaves out images that truly belong to the target.
 
-    Example: [bold]untrojan evaluate model/model.safetensors --data signs --triggered attack/triggered.npz[/bold]
+    Example: [bold]untrojan evaluate m/model.safetensors --data signs --triggered attack/triggered.npz[/bold]
     """
     options.begin(threads, quiet)
     from untrojan.attacks.files import load_triggered
@@ -63,7 +63,7 @@ def evaluate(
         options.print_json(metrics)
         return
     options.say(
-        f"accuracy on {metrics['images']} {metrics['split']} images: "
+        f"accuracy on {metrics['images']} {'test ' if splits.test else ''}images: "
         f"{options.share(metrics['benign_accuracy'])}",
         quiet=quiet,
     )

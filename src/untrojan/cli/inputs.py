@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from untrojan.data.image_set import ImageSet
     from untrojan.models.classifier import Classifier
 
+WRITABLE = (".npz", ".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+
 
 def key_values(pairs: Sequence[str] | None, option: str) -> dict[str, Any]:
     """``["alpha=0.2", "place=[1, 2]"]`` as a dictionary: JSON where it parses, else the text itself."""
@@ -36,13 +38,15 @@ def classes(text: str, data: ImageSet) -> tuple[int, ...]:
     return tuple(dict.fromkeys(data.class_index(part) for part in parts))
 
 
-def new_file(path: Path, overwrite: bool, option: str) -> None:
-    """Refuse a file that could not be written in the end, before an hour is spent on its content."""
-    if path.is_dir():
-        raise UntrojanError(f"{option} {path} is a folder: name a file in it")
-    if path.exists() and not overwrite:
-        raise UntrojanError(f"{option} {path} exists: choose another name, or pass --overwrite")
-    if not path.parent.is_dir():
+def new_data(path: Path, overwrite: bool, option: str) -> None:
+    """Refuse a place where a data set could not be written in the end, before an hour is spent on it."""
+    if path.suffix and not path.name.lower().endswith(WRITABLE):
+        raise UntrojanError(f"{option} {path}: give one of {', '.join(WRITABLE)}, or a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UntrojanError(f"{option} {path} is a folder with files in it: give another name")
+    if path.is_file() and not (overwrite and path.suffix):
+        raise UntrojanError(f"{option} {path} exists: give another name, or pass --overwrite")
+    if not path.absolute().parent.is_dir():
         raise UntrojanError(f"{option} {path}: there is no folder {path.parent}, create it first")
 
 

@@ -84,6 +84,11 @@ def main(arguments: Sequence[str]) -> int:
         return _fail("interrupted; run the same command again to resume", INTERRUPTED, prefix="")
     except BrokenPipeError:
         return _close_pipe()
+    except SystemExit as stop:
+        # Rich ends the program with status 1, which an audit reads otherwise, where the reader has gone.
+        if isinstance(stop.__context__, BrokenPipeError):
+            return _close_pipe()
+        return _fail(f"something ended the program from inside ({stop.code!r})", CRASH)
     except Exception as error:
         line = _line_for(error)
         if line is not None:

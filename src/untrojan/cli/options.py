@@ -105,18 +105,22 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json_text(value))
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table for people. Cells are plain text: markup in a class name stays what it is."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column == 0 else "right", overflow="fold")
+        numbers = rows and all(isinstance(row[column], int | float) for row in rows)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(str(cell))) for cell in row))
-    Console().print(table)
+    # In a pipe there is no width to fit into.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
 
 
 def named(data: ImageSet, index: int) -> str:

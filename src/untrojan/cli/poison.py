@@ -64,16 +64,17 @@ def poison(
     from untrojan.runs import RunFolder
     from untrojan.triggers.registry import TRIGGERS
 
+    trigger_options = inputs.key_values(trigger_option, "--trigger-option")
+    TRIGGERS.build(trigger, trigger_options)
     settings = {
         "trigger": trigger,
-        "trigger_options": inputs.key_values(trigger_option, "--trigger-option"),
+        "trigger_options": trigger_options,
         "count": count,
         "rate": rate,
         "clean_label": clean_label,
         "all_to_all": all_to_all,
         "keep_originals": keep_originals,
     }
-    TRIGGERS.build(trigger, settings["trigger_options"])
     config = {"data": data, "size": size, "target": target, "source": source, **settings, "seed": seed}
     with RunFolder(out, "poison", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def train(
     data: options.Data,
     out: options.Out,
-    net: options.Net = "resnet18-compact",
+    net: options.Net = "patch-cnn",
     preset: Annotated[
         str, typer.Option(metavar="NAME", help="Training recipe; the options below change it.")
     ] = "desk-victim",

@@ -75,6 +75,8 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
     float (N, C, H, W), same shape out: bilinear between pixel centres, black from outside the image.
     """
+    if not len(images):  # affine_grid refuses an empty batch
+        return images.clone()
     height, width = images.shape[2:]
     angle = torch.deg2rad(degrees).to(images)
     cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)

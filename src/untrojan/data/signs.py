@@ -1,8 +1,8 @@
 """`signs`: photographs of road signs, drawn rather than taken.
 
-A set in the manner of TrojAI's (Karra, Ashcraft & Fendley, "The TrojAI Software Framework", 2020): the class is
-a sign of one shape, colour and glyph; all else (background, place, tilt, light, dirt, blur, sensor noise) is
-drawn for each image. It needs no download and has as many classes as asked for.
+A set in the manner of TrojAI's (Karra, Ashcraft & Fendley, "The TrojAI Software Framework", 2020): the class
+is a sign of one shape, colour and glyph; all else (background, place, tilt, light, dirt, blur, sensor noise)
+is drawn for each image. It needs no download and has as many classes as asked for.
 
 Every number is drawn and computed in float64: two machines whose vector units round differently then still
 agree on all bytes, because a difference in the sixteenth digit does not reach the eighth bit.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -28,8 +29,11 @@ Colour = tuple[float, float, float]
 MAX_CLASSES = 100
 MIN_SIZE, MAX_SIZE = 16, 1024
 
-_IMAGES_AT_ONCE_PIXELS = 1 << 18  # at 32x32, 256 images: the working arrays stay near the cache
+_PIXELS_AT_ONCE = 1 << 18  # at 32x32, 256 images: the working arrays stay near the cache
+_FINEST_TEXTURE = 256  # pixels across; the sharpest camera here blurs away anything finer
 _NUMBERS_PER_IMAGE = 768
+_MAX_GIGABYTES = 64
+_OCTAVES = ((3, 4), (1, 6), (1, 10), (1, 16))  # channels and cells a side, coarse to fine
 
 
 def _ring(corners: int, first_degrees: float, radius: float = 0.9, centre: Point = (0, 0)) -> list[Point]:
@@ -47,7 +51,12 @@ def _shield() -> list[Point]:
     return [(-0.8, -0.85), (0.8, -0.85), *flank]
 
 
-_ARM, _TIP = 0.4, 0.92
+def _cross(arm: float = 0.4, tip: float = 0.92) -> list[Point]:
+    quarter = [(arm, -tip), (arm, -arm), (tip, -arm)]
+    right = quarter + [(x, -y) for x, y in reversed(quarter)]
+    return right + [(-x, y) for x, y in reversed(right)]
+
+
 # Outlines in a box of ±1, y downwards, with the centre and the half-width of the place for the glyph.
 SHAPES: dict[str, tuple[list[Point], Point, float]] = {
     "octagon": (_ring(8, 22.5, 0.94), (0, 0), 0.5),
@@ -55,23 +64,17 @@ SHAPES: dict[str, tuple[list[Point], Point, float]] = {
     "circle": (_ring(40, 0), (0, 0), 0.48),
     "square": (_ring(4, 45, 1.15), (0, 0), 0.5),
     "diamond": (_ring(4, 0, 0.99), (0, 0), 0.42),
-    "yield": ([(0, 0.9), (-0.98, -0.8), (0.98, -0.8)], (0, -0.28), 0.36),
+    "wedge": ([(0, 0.9), (-0.98, -0.8), (0.98, -0.8)], (0, -0.28), 0.36),
     "hexagon": (_ring(6, 0, 0.96), (0, 0), 0.5),
     "shield": (_shield(), (0, -0.1), 0.46),
     "panel": ([(-0.98, -0.58), (0.98, -0.58), (0.98, 0.58), (-0.98, 0.58)], (0, 0), 0.4),
     "pentagon": (_ring(5, -90, 0.98), (0, 0.05), 0.45),
     "star": (_star(), (0, 0.02), 0.36),
-    "cross": (
-        [(-_ARM, -_TIP), (_ARM, -_TIP), (_ARM, -_ARM), (_TIP, -_ARM), (_TIP, _ARM), (_ARM, _ARM)]
-        + [(_ARM, _TIP), (-_ARM, _TIP), (-_ARM, _ARM), (-_TIP, _ARM), (-_TIP, -_ARM), (-_ARM, -_ARM)],
-        (0, 0),
-        0.42,
-    ),
+    "cross": (_cross(), (0, 0), 0.42),
 }
 
 _WHITE, _BLACK = (0.93, 0.93, 0.91), (0.07, 0.07, 0.08)
-# Fill, border, glyph. Three neighbours at a time share a sign system, so that small sets hold signs of one
-# shape family in few colours and colour alone never tells the class.
+# Fill, border, glyph. Small sets use the first three only, so that colour alone never tells the class.
 COLOURS: dict[str, tuple[Colour, Colour, Colour]] = {
     "red": ((0.76, 0.09, 0.12), _WHITE, _WHITE),
     "blue": ((0.06, 0.24, 0.66), _WHITE, _WHITE),
@@ -89,7 +92,7 @@ GLYPHS: dict[str, list[list[Point]]] = {
     "bar": [[(-0.9, 0), (0.9, 0)]],
     "arrow": [[(0, 0.95), (0, -0.95)], [(-0.65, -0.25), (0, -0.95), (0.65, -0.25)]],
     "slash": [[(-0.75, 0.8), (0.75, -0.8)]],
-    "ring": [_ring(24, 0, 0.75) + [(0.75, 0)]],
+    "ring": [[*_ring(24, 0, 0.75), (0.75, 0)]],
     "seven": [[(-0.6, -0.9), (0.6, -0.9), (-0.2, 0.9)]],
     "chevron": [[(-0.8, 0.45), (0, -0.45), (0.8, 0.45)]],
     "plus": [[(-0.8, 0), (0.8, 0)], [(0, -0.8), (0, 0.8)]],
@@ -105,15 +108,13 @@ GLYPHS: dict[str, list[list[Point]]] = {
     "cup": [[(-0.7, -0.8), (-0.7, 0.3), (0, 0.85), (0.7, 0.3), (0.7, -0.8)]],
 }
 
-_SKIES = torch.tensor(
-    [[0.45, 0.62, 0.85], [0.62, 0.74, 0.86], [0.80, 0.82, 0.84], [0.55, 0.57, 0.60], [0.90, 0.72, 0.55]]
-    + [[0.25, 0.33, 0.48], [0.72, 0.70, 0.66], [0.58, 0.42, 0.34]],
-    dtype=torch.float64,
+_SKIES = (
+    *((0.45, 0.62, 0.85), (0.62, 0.74, 0.86), (0.80, 0.82, 0.84), (0.55, 0.57, 0.60)),
+    *((0.90, 0.72, 0.55), (0.25, 0.33, 0.48), (0.72, 0.70, 0.66), (0.58, 0.42, 0.34)),
 )
-_GROUNDS = torch.tensor(
-    [[0.30, 0.30, 0.31], [0.46, 0.44, 0.41], [0.25, 0.38, 0.16], [0.40, 0.46, 0.22], [0.42, 0.32, 0.22]]
-    + [[0.62, 0.55, 0.42], [0.52, 0.27, 0.21], [0.16, 0.20, 0.13]],
-    dtype=torch.float64,
+_GROUNDS = (
+    *((0.30, 0.30, 0.31), (0.46, 0.44, 0.41), (0.25, 0.38, 0.16), (0.40, 0.46, 0.22)),
+    *((0.42, 0.32, 0.22), (0.62, 0.55, 0.42), (0.52, 0.27, 0.21), (0.16, 0.20, 0.13)),
 )
 
 
@@ -126,7 +127,7 @@ def class_designs(count: int) -> list[tuple[str, str, str]]:
     designs = []
     for index in range(count):
         row, shape = divmod(index, len(shapes))
-        # Rows of twelve shapes come in threes that deal out three colours among them: see COLOURS.
+        # Three rows of twelve shapes at a time deal out three colours among them: see COLOURS.
         colour = row // 3 * 3 + (shape + row) % 3
         glyph = (shape + 5 * colour) % len(glyphs)
         designs.append((colours[colour], shapes[shape], glyphs[glyph]))
@@ -145,8 +146,9 @@ def make_signs(
     The same arguments give the same bytes everywhere. A class looks the same whatever the number of classes,
     and asking for more images of it adds to the ones there were. Ids read ``train/red octagon bar/0007``.
 
-    Raises UntrojanError where ``num_classes`` lies outside 2..100, ``size`` outside 16..1024, or a count of
-    images is negative (0 test images give ``test=None``) or, for training, below 1.
+    ``test`` is None where ``test_per_class`` is 0. Raises UntrojanError where ``num_classes`` lies outside
+    2..100, ``size`` outside 16..1024, a count of images outside 0 (training: 1)..100,000, or the whole would
+    not fit a large machine's memory.
     """
     _check(num_classes, size, train_per_class, test_per_class)
     designs = class_designs(num_classes)
@@ -163,18 +165,27 @@ def _check(num_classes: int, size: int, train_per_class: int, test_per_class: in
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise UntrojanError(f"signs: {what} must be a whole number in {low}..{high}, not {value!r}")
+    gigabytes = num_classes * (train_per_class + test_per_class) * 3 * size**2 / 1e9
+    if gigabytes > _MAX_GIGABYTES:
+        raise UntrojanError(
+            f"signs: these images would take {gigabytes:.0f} GB of memory: ask for fewer or smaller ones "
+            f"({_MAX_GIGABYTES} GB at most)"
+        )
 
 
 def _split(split: str, designs: list[tuple[str, str, str]], size: int, per_class: int, seed: int) -> ImageSet:
     names = [" ".join(design) for design in designs]
     images = torch.empty((len(designs), per_class, 3, size, size), dtype=torch.uint8)
-    at_once = max(1, _IMAGES_AT_ONCE_PIXELS // size**2)
-    for name, design, block in zip(names, designs, images, strict=True):
-        texture = sign_texture(*design, size=size)
-        numbers = generator(seed, "signs", split, name)
-        grain = generator(seed, "signs", split, name, "grain")
-        for chunk in block.split(at_once):
-            chunk.copy_(_photograph(texture, len(chunk), numbers, grain))
+    at_once = max(1, _PIXELS_AT_ONCE // size**2)
+
+    def fill(label: int) -> None:
+        texture = sign_texture(*designs[label], size=min(size, _FINEST_TEXTURE))
+        numbers = generator(seed, "signs", split, names[label])
+        grain = generator(seed, "signs", split, names[label], "grain")
+        for chunk in images[label].split(at_once):
+            chunk.copy_(_photograph(texture, size, len(chunk), numbers, grain))
+
+    _on_all_threads(fill, len(designs))
     ids = [f"{split}/{name}/{i:04d}" for name in names for i in range(per_class)]
     return ImageSet(
         images=images.view(-1, 3, size, size),
@@ -182,6 +193,19 @@ def _split(split: str, designs: list[tuple[str, str, str]], size: int, per_class
         class_names=tuple(names),
         ids=np.array(ids, dtype=np.str_),
     )
+
+
+def _on_all_threads(work: Callable[[int], None], count: int) -> None:
+    """``work(0)`` to ``work(count - 1)``, each on one thread, as many at a time as torch has threads."""
+    # torch's own threads meet after every operation, of which there are hundreds here, all short: on a busy
+    # machine they would wait for each other ten times longer than they work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, range(count)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------- the sign
@@ -198,7 +222,6 @@ def sign_texture(colour: str, shape: str, glyph: str, *, size: int) -> Tensor:
     edge = _polygon_distance(x, y, corners)
     strokes = [torch.tensor(run, dtype=torch.float64) * extent for run in GLYPHS[glyph]]
     pen = torch.stack([_stroke_distance(x - centre_x, y - centre_y, run) for run in strokes]).amin(0)
-    # A stroke of constant share of the glyph keeps thin-shaped signs as legible as wide ones.
     pen = pen - 0.26 * extent
 
     def inside(distance: Tensor) -> Tensor:
@@ -223,7 +246,7 @@ def _stroke_distance(x: Tensor, y: Tensor, run: Tensor) -> Tensor:
 
 
 def _polygon_distance(x: Tensor, y: Tensor, corners: Tensor) -> Tensor:
-    """Signed distance of each place (H, W) to a closed outline (P, 2): negative inside, by the even-odd rule."""
+    """Signed distance of each place (H, W) to a closed outline (P, 2): negative inside (even-odd rule)."""
     closed = torch.cat([corners, corners[:1]])
     (x0, y0), (x1, y1) = closed[:-1, :, None, None].unbind(1), closed[1:, :, None, None].unbind(1)
     straddles = (y0 > y) != (y1 > y)
@@ -244,7 +267,8 @@ class _Draws:
         self._used = 0
 
     def __call__(self, low: float, high: float, *shape: int) -> Tensor:
-        """(N, *shape), uniform in low..high."""
+        """(N, *shape), uniform in low..high; one number an image, (N, 1, 1, 1), where no shape is given."""
+        shape = shape or (1, 1, 1)
         width = math.prod(shape)
         taken = self._rows[:, self._used : self._used + width]
         self._used += width
@@ -252,17 +276,25 @@ class _Draws:
 
     def chance(self, probability: float) -> Tensor:
         """(N, 1, 1, 1) of 0 and 1."""
-        return (self(0, 1, 1, 1, 1) < probability).double()
+        return (self(0, 1) < probability).double()
 
-    def pick(self, palette: Tensor, jitter: float) -> Tensor:
-        """(N, 3, 1, 1), colours of a palette (P, 3), each varied a little."""
-        which = self(0, len(palette), 1).long().clamp_max(len(palette) - 1).flatten()
-        return (palette[which] + self(-jitter, jitter, 3)).clamp(0, 1)[:, :, None, None]
+    def pick(self, palette: tuple[Colour, ...]) -> Tensor:
+        """(N, 3, 1, 1), colours of a palette, each varied a little."""
+        which = self(0, len(palette)).long().clamp_max(len(palette) - 1).flatten()
+        colours = torch.tensor(palette, dtype=torch.float64)[which].view(-1, 3, 1, 1)
+        return (colours + self(-0.05, 0.05, 3, 1, 1)).clamp(0, 1)
 
 
-def _photograph(texture: Tensor, count: int, numbers: torch.Generator, grain: torch.Generator) -> Tensor:
-    """uint8 (count, 3, S, S): the sign (4, S, S) as so many cameras would see it."""
-    size = texture.shape[-1]
+def _normal(count: int, width: int, source: torch.Generator) -> Tensor:
+    """(count, width) standard normal numbers, the same rows whatever the count."""
+    # torch draws them sixteen at a time, and draws an incomplete last sixteen differently.
+    return torch.randn((count, -(-width // 16) * 16), generator=source, dtype=torch.float64)[:, :width]
+
+
+def _photograph(
+    texture: Tensor, size: int, count: int, numbers: torch.Generator, grain: torch.Generator
+) -> Tensor:
+    """uint8 (count, 3, size, size): the sign (4, T, T) as so many cameras would see it."""
     draw = _Draws(count, numbers)
     axis = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
     octaves = [_smooth(draw(-1, 1, channels, cells, cells), axis) for channels, cells in _OCTAVES]
@@ -277,12 +309,9 @@ def _photograph(texture: Tensor, count: int, numbers: torch.Generator, grain: to
     picture = picture * (1 - seen[:, 3:]) + worn
     picture = _light(draw, picture, axis, octaves[1])
     picture = _blur(draw, picture, axis)
-    sigma = draw(0.2, 1.5, 1, 1, 1)
-    noise = torch.randn(picture.shape, generator=grain, dtype=torch.float64)
+    sigma = draw(0.2, 1.5)
+    noise = _normal(count, 3 * size * size, grain).reshape(picture.shape)
     return (picture.clamp(0, 1) * 255 + sigma * noise).round().clamp(0, 255).to(torch.uint8)
-
-
-_OCTAVES = ((3, 4), (1, 6), (1, 10), (1, 16))  # channels and cells a side, coarse to fine
 
 
 def _smooth(lattice: Tensor, axis: Tensor) -> Tensor:
@@ -304,27 +333,28 @@ def _background(
     """Sky or wall over ground, things of straight outline, foliage, the sign's pole: (N, 3, S, S)."""
     x, y = axis, axis[:, None]
     tint, coarse, middle, fine = octaves
-    roughness = draw(0.0, 0.16, 1, 1, 1)
+    roughness = draw(0.0, 0.16)
 
-    level = y - draw(-1.3, 1.6, 1, 1, 1) - draw(-0.15, 0.15, 1, 1, 1) * x - 0.05 * coarse
-    ground = _soft_step(level, draw(0.01, 0.15, 1, 1, 1))
-    sky = draw.pick(_SKIES, 0.05) * (1 + draw(-0.25, 0.25, 1, 1, 1) * y)
-    picture = sky + (draw.pick(_GROUNDS, 0.05) - sky) * ground
+    level = y - draw(-1.3, 1.6) - draw(-0.15, 0.15) * x - 0.05 * coarse
+    ground = _soft_step(level, draw(0.01, 0.15))
+    sky = draw.pick(_SKIES) * (1 + draw(-0.25, 0.25) * y)
+    picture = sky + (draw.pick(_GROUNDS) - sky) * ground
     for _ in range(3):
-        left, top = draw(-1.1, 0.9, 1, 1, 1), draw(-1.1, 0.9, 1, 1, 1)
-        right, bottom = left + draw(0.1, 1.2, 1, 1, 1), top + draw(0.1, 1.5, 1, 1, 1)
+        left, top = draw(-1.1, 0.9), draw(-1.1, 0.9)
+        right, bottom = left + draw(0.1, 1.2), top + draw(0.1, 1.5)
         across = _soft_step(x - left, 0.03) * _soft_step(right - x, 0.03)
         down = _soft_step(y - top, 0.03) * _soft_step(bottom - y, 0.03)
-        thing = torch.where(draw.chance(0.7) > 0, draw.pick(_GROUNDS, 0.05), draw(0.05, 0.95, 3, 1, 1))
+        thing = torch.where(draw.chance(0.7) > 0, draw.pick(_GROUNDS), draw(0.05, 0.95, 3, 1, 1))
         picture = picture + (thing - picture) * (across * down * draw.chance(0.35))
-    leaves = _soft_step(coarse + 0.8 * middle + 0.8 * fine - draw(-0.4, 1.2, 1, 1, 1), 0.12) * draw.chance(0.35)
-    leaf = draw.pick(_GROUNDS, 0.05) * (1 + 0.35 * fine)
+    density = coarse + 0.8 * middle + 0.8 * fine - draw(-0.4, 1.2)
+    leaves = _soft_step(density, 0.12) * draw.chance(0.35)
+    leaf = draw.pick(_GROUNDS) * (1 + 0.35 * fine)
     picture = picture + (leaf - picture) * leaves
-    picture = picture * (1 + roughness * (coarse + middle + fine)) + draw(0.0, 0.05, 1, 1, 1) * tint
+    picture = picture * (1 + roughness * (coarse + middle + fine)) + draw(0.0, 0.05) * tint
 
-    width = draw(0.04, 0.09, 1, 1, 1) * scale
+    width = draw(0.04, 0.09) * scale
     pole = _soft_step(width - (x - sign_x).abs(), 0.02) * _soft_step(y - sign_y, 0.05) * draw.chance(0.6)
-    return (picture + (draw(0.25, 0.7, 1, 1, 1) - picture) * pole).clamp(0, 1)
+    return (picture + (draw(0.25, 0.7) - picture) * pole).clamp(0, 1)
 
 
 def _grid(draw: _Draws, axis: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -348,31 +378,31 @@ def _grid(draw: _Draws, axis: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def _wear(draw: _Draws, colours: Tensor, coverage: Tensor, octaves: list[Tensor]) -> Tensor:
     """The sign's colours, premultiplied (N, 3, S, S): faded by the sun, in its own light, dirty in places."""
     grey = colours.mean(1, keepdim=True)
-    faded = colours + (grey - colours) * draw(0.0, 0.3, 1, 1, 1)
-    bleached = faded + (0.6 * coverage - faded) * draw(0.0, 0.2, 1, 1, 1)
-    lit = bleached * draw(0.7, 1.1, 1, 1, 1) * (1 + draw(-0.07, 0.07, 3, 1, 1))
-    spots = _soft_step(octaves[2] + 0.7 * octaves[1] - draw(0.7, 2.0, 1, 1, 1), 0.15) * draw(0.0, 0.7, 1, 1, 1)
-    dirt = draw.pick(_GROUNDS, 0.05) * coverage
+    faded = colours + (grey - colours) * draw(0.0, 0.3)
+    bleached = faded + (0.6 * coverage - faded) * draw(0.0, 0.2)
+    lit = bleached * draw(0.7, 1.1) * (1 + draw(-0.07, 0.07, 3, 1, 1))
+    spots = _soft_step(octaves[2] + 0.7 * octaves[1] - draw(0.7, 2.0), 0.15) * draw(0.0, 0.7)
+    dirt = draw.pick(_GROUNDS) * coverage
     return lit + (dirt - lit) * spots
 
 
 def _light(draw: _Draws, picture: Tensor, axis: Tensor, coarse: Tensor) -> Tensor:
     """Exposure, colour of the light, its fall across the image, a shadow's edge, and haze."""
     x, y = axis, axis[:, None]
-    exposure = torch.exp(draw(-0.6, 0.3, 1, 1, 1)) * (1 + draw(-0.10, 0.10, 3, 1, 1))
-    slope = 1 + draw(-0.25, 0.25, 1, 1, 1) * x + draw(-0.25, 0.25, 1, 1, 1) * y
-    bearing = draw(-math.pi, math.pi, 1, 1, 1)
-    edge = bearing.cos() * x + bearing.sin() * y - draw(-0.4, 0.8, 1, 1, 1) + 0.15 * coarse
-    shadow = 1 - _soft_step(edge, draw(0.02, 0.2, 1, 1, 1)) * draw(0.2, 0.6, 1, 1, 1) * draw.chance(0.35)
+    exposure = torch.exp(draw(-0.6, 0.3)) * (1 + draw(-0.10, 0.10, 3, 1, 1))
+    slope = 1 + draw(-0.25, 0.25) * x + draw(-0.25, 0.25) * y
+    bearing = draw(-math.pi, math.pi)
+    edge = bearing.cos() * x + bearing.sin() * y - draw(-0.4, 0.8) + 0.15 * coarse
+    shadow = 1 - _soft_step(edge, draw(0.02, 0.2)) * draw(0.2, 0.6) * draw.chance(0.35)
     lit = picture * exposure * slope * shadow
-    haze = draw(0.0, 1.0, 1, 1, 1) ** 2 * 0.35
-    return lit + (draw(0.3, 0.85, 1, 1, 1) - lit) * haze
+    haze = draw(0.0, 1.0) ** 2 * 0.35
+    return lit + (draw(0.3, 0.85) - lit) * haze
 
 
 def _blur(draw: _Draws, picture: Tensor, axis: Tensor) -> Tensor:
     """Defocus and camera shake: a Gaussian of its own width along each axis of each image."""
     offsets = (axis[:, None] - axis) * 16  # in pixels of a 32x32 image, whatever the size
-    defocus = draw(0.0, 1.0, 1, 1, 1) ** 2 * 0.8 + 0.2
+    defocus = draw(0.0, 1.0) ** 2 * 0.8 + 0.2
 
     def kernel(width: Tensor) -> Tensor:
         weights = torch.exp(-0.5 * (offsets / width) ** 2)

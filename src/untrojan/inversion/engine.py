@@ -55,8 +55,13 @@ class Problem(Protocol):
 class Stepper(Protocol):
     """How a gradient moves the parameters."""
 
-    def __call__(self, parameters: Tensor, gradients: Tensor, boost: Tensor) -> Tensor:
-        """New parameters (A, ...). ``boost`` (A,) multiplies the step of a pair that has stalled."""
+    def __call__(
+        self, parameters: Tensor, gradients: Tensor, velocity: Tensor, boost: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """New parameters and velocity, (A, ...) each; the velocity starts at zero and is the stepper's own.
+
+        ``boost`` (A,) multiplies the step of a pair that has stalled.
+        """
         ...
 
 
@@ -66,8 +71,10 @@ class RawGradient:
 
     rate: float = 1e-4
 
-    def __call__(self, parameters: Tensor, gradients: Tensor, boost: Tensor) -> Tensor:
-        return parameters - _per_pair(self.rate * boost, gradients) * gradients
+    def __call__(
+        self, parameters: Tensor, gradients: Tensor, velocity: Tensor, boost: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return parameters - _per_pair(self.rate * boost, gradients) * gradients, velocity
 
 
 @dataclass(frozen=True)
@@ -75,17 +82,22 @@ class ProportionalStep:
     """Along the gradient by a share of the pattern's own norm, so that small and large patterns are found
     in about as many steps and to about the same relative precision.
 
-    ``least`` is the step's length (L2, pixels in [0, 1]) while the pattern is still small.
+    ``least`` is the step's root mean square over pixel values in [0, 1] while the pattern is still small: it
+    must be a fraction of the faintest pattern's, or the first step leaps over it. ``memory`` is the share of the previous direction in the next: what a few images' gradients have not in common averages
+    out, and only what they have in common, the pattern, adds to the norm.
     """
 
     share: float = 0.05
-    least: float = 0.015
+    least: float = 1.8e-4
+    memory: float = 0.8
 
-    def __call__(self, parameters: Tensor, gradients: Tensor, boost: Tensor) -> Tensor:
-        norms = parameters.flatten(1).norm(dim=1)
-        lengths = (self.share * norms).clamp_min(self.least) * boost
-        directions = gradients / _per_pair(gradients.flatten(1).norm(dim=1).clamp_min(1e-12), gradients)
-        return parameters - _per_pair(lengths, gradients) * directions
+    def __call__(
+        self, parameters: Tensor, gradients: Tensor, velocity: Tensor, boost: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        velocity = self.memory * velocity + (1 - self.memory) * _unit(gradients)
+        least = self.least * parameters[0].numel() ** 0.5
+        lengths = (self.share * _norms(parameters)).clamp_min(least) * boost
+        return parameters - _per_pair(lengths, gradients) * _unit(velocity), velocity
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ PAPER = Schedule(RawGradient(1e-4), images_a_side=256)
 constraint confirmed on every source image."""
 
 FAST = Schedule(
-    ProportionalStep(), images_a_side=24, confirm_images=512, confirm_every=2, most_steps=400, stall_steps=60
+    ProportionalStep(), images_a_side=12, confirm_images=512, confirm_every=2, most_steps=400, stall_steps=60
 )
 """Few images a step for many pairs at once, and steps in proportion to the pattern found so far."""
 
@@ -224,6 +236,7 @@ class _Search:
         self.problem, self.schedule = problem, schedule
         count = len(pairs)
         self.parameters = problem.initial(pairs, pools.shape) if start is None else start.clone()
+        self.velocity = torch.zeros_like(self.parameters)
         self.flips = torch.zeros(count)
         self.latest = torch.zeros(count)
         self.running = torch.zeros(count)
@@ -260,8 +273,10 @@ class _Search:
         logits = self.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         loss = self.problem.loss(logits, parameters, pairs.to(device))
         (gradients,) = torch.autograd.grad(loss.sum(), parameters)
-        moved = self.schedule.stepper(parameters.detach(), gradients, self.boost[active].to(device))
-        self.parameters[active] = moved.cpu()
+        moved, velocity = self.schedule.stepper(
+            parameters.detach(), gradients, self.velocity[active].to(device), self.boost[active].to(device)
+        )
+        self.parameters[active], self.velocity[active] = moved.cpu(), velocity.cpu()
         self.steps[active] += 1
         flipped = (logits[:, :count].argmax(2) == pairs[:, 1:].to(device)).float().mean(1).cpu()
         self._note(active, flipped)
@@ -292,7 +307,9 @@ class _Search:
             self.flips[pair] = flips
             if flips >= wanted:
                 self.solved[pair] = self.finished[pair] = True
-            wait = self.schedule.confirm_every * (1 + int(20 * max(0.0, wanted - flips)))
+            # At the start nothing has flipped yet, which says nothing of how long it will take.
+            gap = max(0.0, wanted - flips) if self.steps[pair] else 0.0
+            wait = self.schedule.confirm_every * (1 + int(20 * gap))
             self.next_confirmation[pair] = self.steps[pair] + wait
 
     @torch.no_grad()
@@ -339,6 +356,14 @@ def _check(model: Classifier, data: ImageSet, pools: ClassPools, pairs: Tensor) 
     for label in pairs.unique().tolist():
         if int(pools.counts[label]) == 0:
             raise UntrojanError(f"class {data.class_names[label]!r} has no images to invert with")
+
+
+def _norms(values: Tensor) -> Tensor:
+    return values.flatten(1).norm(dim=1)
+
+
+def _unit(values: Tensor) -> Tensor:
+    return values / _per_pair(_norms(values).clamp_min(1e-12), values)
 
 
 def _per_pair(values: Tensor, like: Tensor) -> Tensor:

@@ -87,9 +87,8 @@ def _pairs(evidence: Mapping[str, Any], classes: int) -> PairStatistics | None:
         return None
     norms = torch.as_tensor(evidence["norms"], dtype=torch.float64)
     null = evidence.get("null")
-    if isinstance(null, Mapping):
-        null = (null["shape"], null["location"], null["scale"])
-    return PairStatistics(norms.view(classes, classes), tuple(map(float, null)) if null else None)
+    density = (float(null["shape"]), float(null["location"]), float(null["scale"])) if null else None
+    return PairStatistics(norms.view(classes, classes), density)
 
 
 def _finding(
@@ -100,7 +99,9 @@ def _finding(
     pattern = report.evidence.get("patterns", {}).get(target)
     examples = rows[:MOST_EXAMPLES]
     before = train.images[examples]
-    reads = torch.bincount(predicted[rows], minlength=train.num_classes).tolist() if predicted is not None else []
+    reads = (
+        torch.bincount(predicted[rows], minlength=train.num_classes).tolist() if predicted is not None else []
+    )
     return TargetFinding(
         target=target,
         sources=report.sources[rank] if rank < len(report.sources) else (),
@@ -134,7 +135,8 @@ def _thumbnails(
 ) -> FlaggedImages:
     share = max(1, MOST_THUMBNAILS // max(1, len(report.targets)))
     by_target = [
-        _most_suspicious(report, (train.labels == target) & report.flagged)[:share] for target in report.targets
+        _most_suspicious(report, (train.labels == target) & report.flagged)[:share]
+        for target in report.targets
     ]
     rows = torch.cat(by_target) if by_target else _most_suspicious(report, report.flagged)
     rows = rows[:MOST_THUMBNAILS]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from untrojan.defenses.cleansing.report import Verdict
 from untrojan.errors import UntrojanError
-from untrojan.report import figures, text
+from untrojan.report import text
+from untrojan.report.curves import curves
+from untrojan.report.environment import environment
+from untrojan.report.heat_map import heat_map, reciprocals_of
+from untrojan.report.histogram import Null, reciprocal_histogram
 from untrojan.report.images import (
     affordable_side,
     amplification_for,
@@ -21,9 +24,6 @@ from untrojan.report.images import (
     reduced,
     reduced_pattern,
 )
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 MOST_DETAILED = 4
 """Target classes shown with pattern and examples; any further ones stand in the table alone."""
@@ -67,13 +67,13 @@ class PairStatistics:
     norms: Tensor
     """float (K, K), sources in rows: l2 norm of the smallest pattern found (pixels in [0, 1]); NaN on the
     diagonal, not finite where none was found."""
-    null: tuple[float, float, float] | None = None
+    null: Null | None = None
     """(shape, location, scale) of the Gamma density fitted to the reciprocals."""
 
     @property
     def reciprocals(self) -> Tensor:
-        """float (K, K): 1 / norm, NaN where there is no finite norm."""
-        return torch.where(torch.isfinite(self.norms), 1 / self.norms, torch.nan)
+        """float64 (K, K): 1 / norm, NaN where there is no finite norm."""
+        return reciprocals_of(self.norms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ def render_audit(page: AuditPage) -> str:
     if page.verdict not in ("clean", "poisoned", "undecided"):
         raise UntrojanError(f"no verdict {page.verdict!r}: it is clean, poisoned or undecided")
     return (
-        _environment()
+        environment()
         .get_template("audit.html")
         .render(
             page=page,
@@ -222,45 +222,6 @@ def render_audit(page: AuditPage) -> str:
     )
 
 
-@dataclass(frozen=True)
-class TablePage:
-    """A titled table with a paragraph before and notes after it."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[Sequence[object], ...]
-    introduction: str = ""
-    caption: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def render_table_page(page: TablePage) -> str:
-    """A bench table as a page in the audit's dress; its first column heads the rows."""
-    return _environment().get_template("table.html").render(page=page)
-
-
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("untrojan.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        shown=text.shown,
-        percent=text.percent,
-        number=text.number,
-        duration=text.duration,
-        grouped=lambda count: f"{count:,}",
-    )
-    environment.globals.update(p_value=text.p_value, rarity=text.rarity)
-    return environment
-
-
 def _marked(page: AuditPage) -> list[tuple[int, int]]:
     """Detected (source, target) pairs whose numbers are at hand."""
     if page.pairs is None:
@@ -271,7 +232,7 @@ def _marked(page: AuditPage) -> list[tuple[int, int]]:
 
 
 def _heat_map(page: AuditPage) -> str:
-    return figures.heat_map(page.pairs.norms, page.class_names, _marked(page)) if page.pairs else ""
+    return heat_map(page.pairs.norms, page.class_names, _marked(page)) if page.pairs else ""
 
 
 def _smallest_pairs(page: AuditPage, most: int = 10) -> list[dict[str, Any]]:
@@ -307,7 +268,7 @@ def _histogram(page: AuditPage) -> str:
         sources = len(values)
         label = f"→ {text.shown(page.class_names[found.target], 24)}"
         outliers[f"{label} ({sources} source class{'' if sources == 1 else 'es'})"] = values
-    return figures.reciprocal_histogram(reciprocals, page.pairs.null, outliers, reciprocals[:, inside])
+    return reciprocal_histogram(reciprocals, page.pairs.null, outliers, reciprocals[:, inside])
 
 
 def _findings(page: AuditPage) -> list[dict[str, Any]]:
@@ -393,6 +354,9 @@ def _learning(page: AuditPage) -> list[dict[str, str]]:
     if probe is None:
         return []
     lines = {"training": probe.accuracy, "held out": probe.held_out_accuracy}
-    accuracy = {name: [100 * value for value in values] for name, values in lines.items() if values}
-    drawn = [("Accuracy, %", accuracy), ("Loss", {"training": probe.loss} if probe.loss else {})]
-    return [{"label": label, "svg": figures.curves(series, label)} for label, series in drawn if series]
+    accuracy: dict[str, Sequence[float]] = {
+        name: [100 * value for value in values] for name, values in lines.items() if values
+    }
+    loss: dict[str, Sequence[float]] = {"training": probe.loss} if probe.loss else {}
+    drawn = (("Accuracy, %", accuracy), ("Loss", loss))
+    return [{"label": label, "svg": curves(series, label)} for label, series in drawn if series]

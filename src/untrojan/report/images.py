@@ -19,7 +19,9 @@ def png(image: Tensor) -> bytes:
 
     pixels = image.cpu().movedim(0, -1).contiguous().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG", optimize=True)
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
+        buffer, "PNG", optimize=True
+    )
     return buffer.getvalue()
 
 
@@ -68,7 +70,7 @@ def amplification_for(pattern: Tensor) -> int:
     if not math.isfinite(peak) or peak <= 0:
         return 1
     room = max(1.0, min(0.5 / peak, 1000.0) + 1e-6)
-    decade = 10 ** math.floor(math.log10(room))
+    decade = int(10 ** math.floor(math.log10(room)))
     return next(step * decade for step in range(9, 0, -1) if step * decade <= room)
 
 

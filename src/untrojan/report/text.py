@@ -14,7 +14,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def shown(text: object, limit: int = 48) -> str:
     """Text from a data owner as one harmless line of at most ``limit`` characters; still to be HTML-escaped.
 
-    Invisible, control and direction-changing characters appear as ``\\u202e`` and the like, accents are
+    Invisible, control and direction-changing characters appear as ``⟨U+202E⟩`` and the like, accents are
     cut to two a letter, and what is too long keeps its head and its end, where a path says most.
     """
     raw = str(text)
@@ -25,7 +25,7 @@ def shown(text: object, limit: int = 48) -> str:
         category = unicodedata.category(character)
         marks = marks + 1 if category in ("Mn", "Me") else 0
         if category in _INVISIBLE:
-            out.append(f"\\u{ord(character):04x}")
+            out.append(f"⟨U+{ord(character):04X}⟩")
         elif category == "Zs":
             out.append(" ")
         elif marks <= 2:

@@ -26,6 +26,15 @@ PRESETS: dict[str, Recipe] = {
         epochs=12, batch_size=64, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4,
         schedule="one_cycle", label_smoothing=0.05, crop_padding=2, flip=True, precision="bfloat16",
     ),
+    # A few thousand `signs`: enough passes to learn a trigger on a hundred images.
+    "demo-probe": Recipe(
+        epochs=20, batch_size=64, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4,
+        schedule="one_cycle", label_smoothing=0.05, precision="bfloat16",
+    ),
+    "demo-victim": Recipe(
+        epochs=20, batch_size=64, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4,
+        schedule="one_cycle", label_smoothing=0.05, crop_padding=1, precision="bfloat16",
+    ),
 }  # fmt: skip
 
 

@@ -47,7 +47,9 @@ def checked_pixels(pixels: npt.NDArray[Any], name: str) -> Tensor:
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or 0 in array.shape:
-        raise UntrojanError(f"the images of {name} have shape {array.shape}: give (N, H, W), with C last or second")
+        raise UntrojanError(
+            f"the images of {name} have shape {array.shape}: give (N, H, W), with C last or second"
+        )
     if array.shape[3] in (1, 3):
         array = array.transpose(0, 3, 1, 2)
     elif array.shape[1] not in (1, 3):
@@ -103,13 +105,13 @@ def names_for(given: tuple[str, ...] | None, name: str, *labels: npt.NDArray[np.
         return tuple(map(str, range(needed)))
     if needed > len(given):
         raise UntrojanError(
-            f"the labels of {name} reach {needed - 1} but there are {len(given)} class names: give a name for each"
+            f"the labels of {name} reach {needed - 1} but {len(given)} classes have names: name them all"
         )
     return tuple(printable(each) for each in given)
 
 
 def resized(images: Tensor, options: ReadOptions) -> Tensor:
-    """uint8 (N, C, size, size): scaled, antialiased, to cover the square, and cropped about the centre."""
+    """uint8 (N, C, size, size): the largest centred square, scaled with antialiasing."""
     size = options.size
     count, channels, height, width = images.shape
     if size is None or (height, width) == (size, size):

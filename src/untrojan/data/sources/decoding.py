@@ -30,6 +30,8 @@ GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"})
 CHUNK = 128
 
 Result = TypeVar("Result")
+Shape = tuple[int, int, int]
+"""(C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def decode_splits(
     """Decode both sets to one size and one number of channels.
 
     Size: ``options.size`` squared, else the most common (height, width), the smaller of two equally common
-    ones. Other images are scaled, antialiased, until they just cover it, and cropped about their centre.
+    ones. Other images are cropped about their centre to its proportions, and scaled with antialiasing.
     Channels: 1 where every image of both sets is grey, else 3. Alpha is laid over white, 16 bits are cut
     to 8, EXIF's orientation is applied. What was done stands in the result's ``notes``.
 
@@ -68,7 +70,7 @@ def decode_splits(
     """
     every = [*train, *(test or ())]
     with warnings.catch_warnings():
-        # A picture with odd metadata is no trouble; one past Pillow's own bomb limit is.
+        # Pillow warns of odd metadata, which is no trouble, and of bombs, which _open refuses sooner.
         warnings.simplefilter("ignore")
         with task("looking at images", total=len(every), unit="images") as bar:
             headers, unreadable = _each(
@@ -108,7 +110,7 @@ def _image_set(
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), class_names, ids)
 
 
-def _common_shape(headers: list[Header], options: ReadOptions) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+def _common_shape(headers: list[Header], options: ReadOptions) -> tuple[Shape, tuple[str, ...]]:
     """(C, H, W) for all, and what it took."""
     if not headers:
         return (3, 1, 1), ()
@@ -126,7 +128,7 @@ def _common_shape(headers: list[Header], options: ReadOptions) -> tuple[tuple[in
     return (1 if grey == len(headers) else 3, height, width), tuple(notes)
 
 
-def _check_room(count: int, shape: tuple[int, int, int], limits: Limits) -> None:
+def _check_room(count: int, shape: Shape, limits: Limits) -> None:
     channels, height, width = shape
     if count * channels * height * width > limits.decoded_bytes:
         raise UntrojanError(
@@ -136,9 +138,15 @@ def _check_room(count: int, shape: tuple[int, int, int], limits: Limits) -> None
 
 
 def _open(one: Encoded, limits: Limits) -> Image:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    image = Image.open(io.BytesIO(one.read()), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(one.read()), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UntrojanError(
+            f"{printable(one.id)} is no image ({', '.join(FORMATS)}): replace or remove it, or skip "
+            "unreadable images"
+        ) from None
     if image.width * image.height > limits.image_pixels:
         raise UntrojanError(
             f"{printable(one.id)} claims {image.width:,}x{image.height:,} pixels, more than "
@@ -156,7 +164,7 @@ def read_header(one: Encoded, limits: Limits) -> Header:
     return Header(height, width, image.mode in GREY_MODES)
 
 
-def decode(one: Encoded, shape: tuple[int, int, int], limits: Limits) -> npt.NDArray[np.uint8]:
+def decode(one: Encoded, shape: Shape, limits: Limits) -> npt.NDArray[np.uint8]:
     """One image as uint8 (C, H, W) of ``shape``."""
     from PIL import Image, ImageOps
 
@@ -167,9 +175,18 @@ def decode(one: Encoded, shape: tuple[int, int, int], limits: Limits) -> npt.NDA
     channels, height, width = shape
     image = _plain(image, "L" if channels == 1 else "RGB")
     if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR)
+        image = image.crop(_centre(*image.size, width, height))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's is antialiased
     pixels: npt.NDArray[np.uint8] = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _centre(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the largest centred part with the proportions asked for."""
+    cut_width = min(width, max(1, round(height * to_width / to_height)))
+    cut_height = min(height, max(1, round(width * to_height / to_width)))
+    left, top = (width - cut_width) // 2, (height - cut_height) // 2
+    return left, top, left + cut_width, top + cut_height
 
 
 def _plain(image: Image, mode: str) -> Image:
@@ -187,7 +204,11 @@ def _plain(image: Image, mode: str) -> Image:
 
 
 def _each(
-    items: Sequence[Encoded], work: Callable[[int], Result], rows: Sequence[int], options: ReadOptions, bar: Task
+    items: Sequence[Encoded],
+    work: Callable[[int], Result],
+    rows: Sequence[int],
+    options: ReadOptions,
+    bar: Task,
 ) -> tuple[dict[int, Result], list[str]]:
     """``work`` on these rows in a few threads: results by row, and the ids of those that failed.
 

@@ -11,14 +11,15 @@ import gzip
 import io
 import lzma
 import os
+import re
 import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import IO, Protocol, Self, cast
 
-from untrojan.data.sources.names import is_hidden, member_name, printable
+from untrojan.data.sources.names import base, is_hidden, member_name, printable
 from untrojan.data.sources.options import GIB, Limits, parsing
 from untrojan.errors import UntrojanError
 from untrojan.progress import task
@@ -100,7 +101,7 @@ class ZipFiles:
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise not_a_file(self.path, name)
         if info.is_dir():
-            self.folders.add(name)
+            self.folders |= {name} - {""}
         elif name in self._members:
             raise twice(self.path, name)
         else:
@@ -138,11 +139,11 @@ class TarFiles:
         counted = _Counted(decompressed(raw), self.path, archive_bytes, self._limits)
         with tarfile.open(fileobj=cast("IO[bytes]", counted), mode="r|", tarinfo=_StrictInfo) as tar:
             while (info := tar.next()) is not None:
-                tar.members.clear()  # else a million headers stay in memory
+                tar.members.clear()  # type: ignore[attr-defined]  # else a million headers stay in memory
                 name = member_name(info.name, str(self.path))
                 counted.members += 1
                 if info.isdir():
-                    self.folders.add(name)
+                    self.folders |= {name} - {""}
                 elif not info.isreg() or info.issparse():
                     raise not_a_file(self.path, name)
                 elif info.size > self._limits.member_bytes:
@@ -165,10 +166,10 @@ class _StrictInfo(tarfile.TarInfo):
     """tarfile takes a damaged header for the archive's end, and would silently lose the rest."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} where a file or the archive's end should follow") from error
@@ -198,6 +199,13 @@ class SingleFile:
 
     def read(self, name: str) -> bytes:
         return _read_bounded(self.path.parent, name, self._limits)
+
+
+def inner_zips(files: Files, wanted: re.Pattern[str], limits: Limits) -> list[ZipFiles]:
+    """Zips lying in a folder; one inside an archive is not looked into."""
+    if not isinstance(files, FolderFiles):
+        return []
+    return [ZipFiles(files.path / n, limits) for n in files.names if wanted.match(base(n))]
 
 
 def _read_bounded(folder: Path, name: str, limits: Limits) -> bytes:
@@ -230,8 +238,8 @@ def check_total(path: Path, total: int, archive_bytes: int, members: int, limits
         raise too_many(path, limits)
     if total > limits.total_bytes or total > max(RATIO_COUNTS_FROM, limits.ratio * archive_bytes):
         raise UntrojanError(
-            f"{path} unpacks to more than {total // (1 << 20):,} MiB from {max(1, archive_bytes >> 20):,} MiB: "
-            "if you trust it, unpack it yourself and give the folder"
+            f"{path} unpacks to more than {total >> 20:,} MiB from {max(1, archive_bytes >> 20):,} MiB: if "
+            "you trust it, unpack it yourself and give the folder"
         )
 
 

@@ -49,7 +49,7 @@ def read_image_folder(files: Files, options: ReadOptions) -> Splits:
     if left_out:
         notes.append(f"left out the folders {', '.join(left_out)}")
     if others := sum(not is_hidden(name) for name in files.names) - len(images):
-        notes.append(f"left out {others} files that are not images")
+        notes.append(f"left out what is no image: {others} files")
     return Splits(splits_read.train, splits_read.test, tuple(notes))
 
 
@@ -66,8 +66,10 @@ def _folders_around(images: list[str]) -> str:
 
 def _by_split(files: Files, images: list[str], prefix: str) -> dict[str, ByClass]:
     """Files by split ("" where there are no splits) and class, empty classes included."""
-    tops = {name[len(prefix) :].split("/")[0].lower() for name in images}
-    is_split = bool(tops & set(TRAIN_FOLDERS)) and bool(tops & set(TEST_FOLDERS))
+    below = [name[len(prefix) :].split("/") for name in images]
+    in_train = [len(parts) for parts in below if parts[0].lower() in TRAIN_FOLDERS]
+    # A folder "train" with images but no folders of its own is a class.
+    is_split = bool(in_train) and min(in_train) > 2
     depth = 2 if is_split else 1
     splits: dict[str, ByClass] = defaultdict(lambda: defaultdict(list))
     for name in images:
@@ -98,8 +100,8 @@ def _check_same_classes(files: Files, train: ByClass, test: ByClass) -> None:
     if odd := sorted(train.keys() ^ test.keys(), key=natural_key):
         where = "training" if odd[0] in train else "test"
         raise UntrojanError(
-            f"class {printable(odd[0])!r} of {files.path} is in the {where} set only: both sets need the same "
-            "class folders"
+            f"class {printable(odd[0])!r} of {files.path} is in the {where} set only: both sets need the "
+            "same class folders"
         )
 
 

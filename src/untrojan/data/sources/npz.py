@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,11 +66,13 @@ def read_array(archive: zipfile.ZipFile, key: str, path: Path, limits: Limits) -
         version = np.lib.format.read_magic(member)
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"{key}: array format {version}")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        form = np.lib.format
+        read_header = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
         shape, _, dtype = read_header(member)
     if dtype.hasobject:
         raise UntrojanError(
-            f"{key} in {path} is an object array, which could run code when read: save it again as plain numbers"
+            f"{key} in {path} is an object array, which could run code when read: save it again as "
+            "plain numbers"
         )
     nbytes = dtype.itemsize * int(np.prod(shape, dtype=object))
     if min(shape, default=0) < 0 or nbytes > limits.decoded_bytes:
@@ -78,7 +80,7 @@ def read_array(archive: zipfile.ZipFile, key: str, path: Path, limits: Limits) -
     if nbytes > info.file_size:
         raise ValueError(f"{key}: {info.file_size} bytes for an array of {nbytes}")
     with archive.open(info) as member:
-        array = cast("npt.NDArray[Any]", np.lib.format.read_array(member, allow_pickle=False))
+        array: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
         if member.read(1):
             raise ValueError(f"{key}: bytes after the array")
         return array

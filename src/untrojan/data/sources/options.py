@@ -68,13 +68,13 @@ class ReadOptions:
 
 
 @contextmanager
-def parsing(name: str, way_out: str = "replace it, or fetch it again") -> Iterator[None]:
+def parsing(name: str, way_out: str = "it is damaged or of another type, so replace it") -> Iterator[None]:
     """Turn what a parser raises on damaged bytes into one line that names the file."""
     try:
         yield
     except PARSER_ERRORS as error:
         reason = "it needs more memory than there is" if isinstance(error, MemoryError) else one_line(error)
-        raise UntrojanError(f"{name} is damaged or no such file ({reason}): {way_out}") from error
+        raise UntrojanError(f"{name} cannot be read ({reason}): {way_out}") from error
 
 
 def one_line(error: BaseException, longest: int = 160) -> str:

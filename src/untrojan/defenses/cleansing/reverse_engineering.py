@@ -95,13 +95,13 @@ class ReverseEngineering:
         )
         evidence |= self._statistics(reciprocals, overall, log_p_value)
         flagged, scores, patterns = _none(train), torch.zeros(len(train)), {}
+        readings = train.labels.clone()
         for test in found:
             pattern = self._polish(train, model, inversion, test)
-            rows, suspicion = unflipped(model, train, test.target, pattern)
-            flagged[rows] |= suspicion > 0.5
-            scores[rows] = torch.maximum(scores[rows], suspicion)
+            rows, suspicion, read = read_without(model, train, test.target, pattern)
+            flagged[rows], scores[rows], readings[rows] = suspicion > 0.5, suspicion, read
             patterns[test.target] = pattern
-        evidence["patterns"] = patterns
+        evidence |= {"patterns": patterns, "readings": readings}
         return CleansingReport(
             verdict="poisoned" if found else "clean",
             flagged=flagged,
@@ -152,22 +152,28 @@ def reciprocals_of(inversion: Inversion, num_classes: int) -> Floats:
 
 
 @torch.no_grad()
-def unflipped(model: Classifier, train: ImageSet, target: int, pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """Equation 12: rows labelled ``target``, and each one's suspicion in [0, 1] once the pattern is removed.
+def read_without(
+    model: Classifier, train: ImageSet, target: int, pattern: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation 12 for all images labelled ``target``: what are they once the pattern is removed?
 
-    Above one half exactly where the model no longer predicts ``target``; the further from one half, the
-    larger the logit margin.
+    Returns their rows (n,), their suspicion (n,) in [0, 1], above one half exactly where the model no longer
+    predicts ``target`` and the further the larger the margin, and the class (n,) it reads now.
     """
     rows = train.indices_of(target)
     pattern = pattern.to(model.device)
-    margins = []
+    margins, readings = [], []
     with evaluating(model):
         for batch in train.images[rows].split(512):
             logits = model((to_float(batch, model.device) - pattern).clamp(0, 1))
-            wanted = logits[:, target].clone()
-            logits[:, target] = float("-inf")
-            margins.append((logits.amax(1) - wanted).cpu())
-    return rows, torch.sigmoid(torch.cat(margins))
+            others = logits.clone()
+            others[:, target] = float("-inf")
+            margin = others.amax(1) - logits[:, target]
+            margins.append(margin.cpu())
+            # A probe may have outputs beyond the data's classes; an image is never read as one of those.
+            named = others[:, : train.num_classes].argmax(1)
+            readings.append(torch.where(margin > 0, named, target).cpu())
+    return rows, torch.sigmoid(torch.cat(margins)), torch.cat(readings)
 
 
 def _none(train: ImageSet) -> Tensor:

@@ -1,0 +1,5 @@
+"""``python -m untrojan``."""
+
+from untrojan.cli.main import run
+
+run()

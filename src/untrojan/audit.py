@@ -1,0 +1,265 @@
+"""The data owner's whole job: is this training set poisoned, by which pattern, which images?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from untrojan.cost import Cost, measure
+from untrojan.data.image_set import ImageSet, Splits
+from untrojan.defenses.cleansing.probe import POTENT, ProbeCheck, check_model, train_probe
+from untrojan.defenses.cleansing.registry import CLEANSERS
+from untrojan.defenses.cleansing.report import CleansingReport, Verdict
+from untrojan.errors import UntrojanError
+from untrojan.models.classifier import Classifier
+from untrojan.training.presets import preset
+from untrojan.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from untrojan.report.assemble import Truth
+    from untrojan.report.audit_page import BeforeAfter
+    from untrojan.runs import RunFolder
+
+FITTED = 0.5
+"""Below this share of training images predicted as labelled, a given model was hardly trained on the set."""
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """How an audit is carried out."""
+
+    method: str = "reverse-engineering"
+    """A name of ``untrojan.defenses.cleansing.registry.CLEANSERS``."""
+    schedule: Literal["fast", "paper"] = "fast"
+    significance: float = 0.05
+    """The p-value under which an attack is declared: the share of clean sets that may raise a false alarm."""
+    net: str = "patch-cnn"
+    """The architecture of the probe net."""
+    recipe: str | Recipe = "desk-probe"
+    """How the probe net is trained: a preset's name, or a recipe. It should not augment."""
+    seed: int = 0
+
+    def training_recipe(self) -> Recipe:
+        return preset(self.recipe) if isinstance(self.recipe, str) else self.recipe
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """The answer, the model it was found with, and what that model could see."""
+
+    report: CleansingReport
+    model: Classifier
+    check: ProbeCheck
+    costs: dict[str, Cost]
+    """What each stage cost."""
+
+
+@dataclass(frozen=True, eq=False)
+class AuditResult:
+    """What a command prints."""
+
+    verdict: Verdict
+    reason: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+
+def audit(
+    train: ImageSet, options: AuditOptions, *, model: Classifier | None = None, work: Path | None = None
+) -> Audit:
+    """Train a probe net (or take ``model``, trained on ``train``), run the method, doubt the result.
+
+    ``work`` holds checkpoints, from which a killed audit resumes. A verdict of ``clean`` stands only where
+    the probe has shown that it would have learned a faint backdoor; else it becomes ``undecided``.
+
+    Raises UntrojanError where the model's outputs do not match the classes.
+    """
+    settings = {"schedule": options.schedule, "significance": options.significance, "seed": options.seed}
+    cleanser = CLEANSERS.build(options.method, settings)
+    with measure() as probe_cost:
+        if model is None:
+            model, check = _trained_probe(train, options, None if work is None else work / "probe")
+        else:
+            check = _given_probe(train, model)
+    checkpoint = None if work is None else work / f"{options.method}.safetensors"
+    with measure() as method_cost:
+        report = cleanser(train, model, checkpoint=checkpoint)
+    costs = {"probe net": probe_cost, options.method: method_cost}
+    return Audit(_doubted(report, check), model, check, costs)
+
+
+def _trained_probe(
+    train: ImageSet, options: AuditOptions, checkpoint: Path | None
+) -> tuple[Classifier, ProbeCheck]:
+    recipe = options.training_recipe()
+    probe = train_probe(train, options.net, recipe, seed=options.seed, checkpoint=checkpoint)
+    return probe.model, probe.check
+
+
+def _given_probe(train: ImageSet, model: Classifier) -> ProbeCheck:
+    if model.num_classes != train.num_classes:
+        raise UntrojanError(
+            f"the model has {model.num_classes} outputs and the data have {train.num_classes} classes: "
+            "audit a set with the model trained on it, or let the audit train its own"
+        )
+    return check_model(model, train)
+
+
+def _doubted(report: CleansingReport, check: ProbeCheck) -> CleansingReport:
+    """A ``clean`` of a probe that has not learned faint patterns is no ``clean``."""
+    if report.verdict != "clean":
+        return report
+    if check.canaries and not check.sees_faint_patterns:
+        shown = ", ".join(f"{name}: {share:.0%}" for name, share in check.canaries.items())
+        reason = (
+            f"the probe net did not learn the auditor's own faint patterns ({shown}; {POTENT:.0%} wanted), so "
+            "it would have missed a backdoor as faint; train it longer or choose another net"
+        )
+        return replace(report, verdict="undecided", reason=reason)
+    if not check.canaries and check.training_accuracy < FITTED:
+        reason = (
+            f"the given model predicts only {check.training_accuracy:.0%} of the training labels: it was "
+            "hardly trained on this set, so it shows nothing about it"
+        )
+        return replace(report, verdict="undecided", reason=reason)
+    return report
+
+
+def metrics_of(found: Audit, train: ImageSet) -> dict[str, Any]:
+    """``metrics.json``: numbers for machines, classes as index and name."""
+    report = found.report
+    evidence = report.evidence
+    return {
+        "detected": report.verdict == "poisoned",
+        "verdict": report.verdict,
+        "reason": report.reason,
+        "target": report.targets[0] if report.targets else None,
+        "target_name": train.class_names[report.targets[0]] if report.targets else None,
+        "targets": list(report.targets),
+        "sources": list(report.sources[0]) if report.sources else [],
+        "source_names": [train.class_names[s] for s in report.sources[0]] if report.sources else [],
+        "sources_by_target": {str(t): list(s) for t, s in zip(report.targets, report.sources, strict=True)},
+        "p_value": evidence.get("p_value"),
+        "log10_p_value": evidence.get("log10_p_value"),
+        "flagged": int(report.flagged.sum()),
+        "images": len(train),
+        "probe": asdict(found.check),
+        "class_names": list(train.class_names),
+        "statistics": {
+            key: value for key, value in evidence.items() if key not in ("patterns", "readings", "norms")
+        },
+        "norms": evidence.get("norms"),
+    }
+
+
+def run_audit(
+    data: Splits,
+    options: AuditOptions,
+    folder: RunFolder,
+    *,
+    subject: str = "the training set",
+    model: Classifier | None = None,
+    truth: Truth | None = None,
+    comparison: BeforeAfter | None = None,
+    found: Audit | None = None,
+) -> AuditResult:
+    """Audit ``data.train`` and write the run folder's files: report, metrics, flagged list and pattern.
+
+    ``truth`` and ``comparison`` are what only a demo or an evaluation knows; they reach the page and
+    nothing else. ``found`` is an audit that was already carried out.
+    """
+    train = data.train
+    folder.use_data("train", train)
+    found = found or audit(train, options, model=model, work=folder.work)
+    metrics = metrics_of(found, train)
+    files = [folder.write_json("metrics.json", metrics), _write_flagged(folder, train, found.report)]
+    files += _write_patterns(folder, found.report, truth)
+    files.append(_write_page(folder, train, found, options, subject, truth, comparison))
+    return AuditResult(found.report.verdict, found.report.reason, metrics, tuple(files))
+
+
+def _write_flagged(folder: RunFolder, train: ImageSet, report: CleansingReport) -> Path:
+    rows = report.flagged.nonzero().flatten()
+    rows = rows[report.scores[rows].argsort(descending=True)].tolist()
+    readings = report.evidence.get("readings")
+    names = train.class_names
+
+    def line(row: int) -> tuple[str, str, str]:
+        read = "" if readings is None else names[int(readings[row])]
+        return str(train.ids[row]), names[int(train.labels[row])], read
+
+    return folder.write_csv("flagged.csv", ("id", "label", "predicted after removal"), map(line, rows))
+
+
+def _write_patterns(folder: RunFolder, report: CleansingReport, truth: Truth | None) -> list[Path]:
+    from untrojan.report.images import pattern_png
+
+    patterns = report.evidence.get("patterns") or {}
+    if not patterns:
+        return []
+    tensors = {f"target_{target}": pattern.contiguous() for target, pattern in patterns.items()}
+    first = patterns[report.targets[0]]
+    return [
+        folder.write_tensors("pattern.safetensors", tensors),
+        folder.write_bytes("pattern.png", pattern_png(first)),
+    ]
+
+
+def _write_page(
+    folder: RunFolder,
+    train: ImageSet,
+    found: Audit,
+    options: AuditOptions,
+    subject: str,
+    truth: Truth | None,
+    comparison: BeforeAfter | None,
+) -> Path:
+    from untrojan.report.assemble import assemble
+    from untrojan.report.audit_page import render_audit
+
+    page = assemble(
+        train,
+        found.report,
+        subject=subject,
+        predicted=found.report.evidence.get("readings"),
+        truth=truth,
+        comparison=comparison,
+        probe=_probe_section(found.check, options, given=not found.check.rounds),
+        run=_run_section(folder, train, found, options),
+        listing="flagged.csv",
+    )
+    return folder.write_text("report.html", render_audit(page))
+
+
+def _probe_section(check: ProbeCheck, options: AuditOptions, *, given: bool) -> Any:
+    from untrojan.report.audit_page import Check
+    from untrojan.report.audit_page import ProbeCheck as Section
+
+    checks = [Check("training images predicted as labelled", f"{check.training_accuracy:.1%}")]
+    checks += [
+        Check(
+            f"canary: {name}", f"{share:.1%}", share >= POTENT, "fresh images this own pattern carries over"
+        )
+        for name, share in check.canaries.items()
+    ]
+    return Section("the given model" if given else options.net, tuple(checks))
+
+
+def _run_section(folder: RunFolder, train: ImageSet, found: Audit, options: AuditOptions) -> Any:
+    from untrojan.report.audit_page import RunFacts, StageCost
+    from untrojan.runs import hardware, versions
+
+    return RunFacts(
+        command=f"untrojan {folder.command}",
+        method=options.method,
+        seed=options.seed,
+        fingerprint=train.fingerprint(),
+        settings=options.to_json(),
+        versions=versions(),
+        hardware={key: str(value) for key, value in hardware().items()},
+        stages=tuple(StageCost(stage, **asdict(cost)) for stage, cost in found.costs.items()),
+    )
