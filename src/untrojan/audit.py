@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from untrojan.cost import Cost, measure
 from untrojan.data.image_set import ImageSet, Splits
 from untrojan.defenses.cleansing.probe import POTENT, ProbeCheck, check_model, train_probe
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from untrojan.runs import RunFolder
 
 FITTED = 0.5
-"""Below this share of training images predicted as labelled, a given model was hardly trained on the set."""
+"""Below this share of training images predicted as labelled, a probe has not learned the set."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def audit(
     with measure() as method_cost:
         report = cleanser(train, model, checkpoint=checkpoint)
     costs = {"probe net": probe_cost, options.method: method_cost}
-    return Audit(_doubted(report, check), model, check, costs)
+    return Audit(doubted(report, check), model, check, costs)
 
 
 def _trained_probe(
@@ -109,24 +111,28 @@ def _given_probe(train: ImageSet, model: Classifier) -> ProbeCheck:
     return check_model(model, train)
 
 
-def _doubted(report: CleansingReport, check: ProbeCheck) -> CleansingReport:
-    """A ``clean`` of a probe that has not learned faint patterns is no ``clean``."""
-    if report.verdict != "clean":
-        return report
-    if check.canaries and not check.sees_faint_patterns:
+def doubted(report: CleansingReport, check: ProbeCheck) -> CleansingReport:
+    """What of a verdict stands in view of what the probe has learned.
+
+    A probe that has not even learned the classes says nothing, and a ``clean`` of one that has not learned
+    faint patterns is no ``clean``.
+    """
+    reason = ""
+    if check.training_accuracy < FITTED:
+        reason = (
+            f"the probe net predicts only {check.training_accuracy:.0%} of the training labels: it has "
+            "hardly learned this set and shows nothing about it; train it longer or choose another net"
+        )
+    elif report.verdict == "clean" and check.canaries and not check.sees_faint_patterns:
         shown = ", ".join(f"{name}: {share:.0%}" for name, share in check.canaries.items())
         reason = (
-            f"the probe net did not learn the auditor's own faint patterns ({shown}; {POTENT:.0%} wanted), so "
-            "it would have missed a backdoor as faint; train it longer or choose another net"
+            f"the probe net did not learn the auditor's own faint patterns ({shown}; {POTENT:.0%} wanted) "
+            "and would have missed a backdoor as faint: train it longer or choose another net"
         )
-        return replace(report, verdict="undecided", reason=reason)
-    if not check.canaries and check.training_accuracy < FITTED:
-        reason = (
-            f"the given model predicts only {check.training_accuracy:.0%} of the training labels: it was "
-            "hardly trained on this set, so it shows nothing about it"
-        )
-        return replace(report, verdict="undecided", reason=reason)
-    return report
+    if not reason:
+        return report
+    nothing = torch.zeros_like(report.flagged)
+    return replace(report, verdict="undecided", flagged=nothing, targets=(), sources=(), reason=reason)
 
 
 def metrics_of(found: Audit, train: ImageSet) -> dict[str, Any]:
@@ -177,14 +183,14 @@ def run_audit(
     found = found or audit(train, options, model=model, work=folder.work)
     metrics = metrics_of(found, train)
     files = [folder.write_json("metrics.json", metrics), _write_flagged(folder, train, found.report)]
-    files += _write_patterns(folder, found.report, truth)
+    files += _write_patterns(folder, found.report)
     files.append(_write_page(folder, train, found, options, subject, truth, comparison))
     return AuditResult(found.report.verdict, found.report.reason, metrics, tuple(files))
 
 
 def _write_flagged(folder: RunFolder, train: ImageSet, report: CleansingReport) -> Path:
-    rows = report.flagged.nonzero().flatten()
-    rows = rows[report.scores[rows].argsort(descending=True)].tolist()
+    flagged = report.flagged.nonzero().flatten()
+    rows = flagged[report.scores[flagged].argsort(descending=True)].tolist()
     readings = report.evidence.get("readings")
     names = train.class_names
 
@@ -195,7 +201,7 @@ def _write_flagged(folder: RunFolder, train: ImageSet, report: CleansingReport) 
     return folder.write_csv("flagged.csv", ("id", "label", "predicted after removal"), map(line, rows))
 
 
-def _write_patterns(folder: RunFolder, report: CleansingReport, truth: Truth | None) -> list[Path]:
+def _write_patterns(folder: RunFolder, report: CleansingReport) -> list[Path]:
     from untrojan.report.images import pattern_png
 
     patterns = report.evidence.get("patterns") or {}

@@ -30,6 +30,8 @@ MEASURES: Mapping[str, Measure] = {
     "probe.benign_accuracy": Measure("probe ACC", "share"),
     "probe.poison_fit": Measure("probe: poison learned", "share"),
     "audit.log10_p_value": Measure("log10 p", "number"),
+    "audit.log10_p_value_uncalibrated": Measure("log10 p, uncalibrated", "number"),
+    "audit.weakest_canary": Measure("weakest canary", "share"),
     "audit.flagged": Measure("flagged", "number"),
     "audit.seconds": Measure("audit s", "seconds"),
     "audit.images": Measure("audit images", "number"),

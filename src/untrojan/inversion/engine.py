@@ -82,8 +82,9 @@ class ProportionalStep:
     """Along the gradient by a share of the pattern's own norm, so that small and large patterns are found
     in about as many steps and to about the same relative precision.
 
-    ``least`` is the step's root mean square over pixel values in [0, 1] while the pattern is still small: it
-    must be a fraction of the faintest pattern's, or the first step leaps over it. ``memory`` is the share of the previous direction in the next: what a few images' gradients have not in common averages
+    ``least`` is the step's root mean square over pixel values in [0, 1] while the pattern is still small:
+    it must be a fraction of the faintest pattern's, or the first step leaps over it. ``memory`` is the
+    share of the previous direction in the next: what a few images' gradients have not in common averages
     out, and only what they have in common, the pattern, adds to the norm.
     """
 
@@ -359,7 +360,8 @@ def _check(model: Classifier, data: ImageSet, pools: ClassPools, pairs: Tensor) 
 
 
 def _norms(values: Tensor) -> Tensor:
-    return values.flatten(1).norm(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return norms
 
 
 def _unit(values: Tensor) -> Tensor:

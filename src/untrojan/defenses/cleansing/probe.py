@@ -75,6 +75,7 @@ def train_probe(
     most_rounds: int = 3,
     canary_share: float = 0.01,
     checkpoint: Path | None = None,
+    device: str = "cpu",
 ) -> Probe:
     """Train a probe until it has learned the canaries, at most ``most_rounds`` times the recipe.
 
@@ -87,7 +88,7 @@ def train_probe(
     model = build(
         architecture, num_classes=data.num_classes + 1, image_shape=data.image_shape, mean=mean, std=std,
         precision=recipe.precision, seed=seed,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     for turn in range(1, most_rounds + 1):
         path = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{turn}")
         train(model, planted, recipe, seed=seed + turn - 1, checkpoint=path, description="training the probe")
@@ -103,29 +104,33 @@ def check_model(model: Classifier, data: ImageSet) -> ProbeCheck:
 
 
 def draw_canaries(shape: tuple[int, int, int], seed: int) -> tuple[Canary, Canary]:
-    """One pattern over the whole image, 2/255 strong, and one of four pixels, 70/255 strong.
+    """A pattern over the whole image, 3/255 strong, and one of four pixels, 70/255 strong.
 
-    Place, direction and phase come from the auditor's seed, so that an attacker can't know them.
+    The first is a chessboard with its phase turned round in one half of the image: as hard to learn as RE's
+    faintest pattern, which lies in the same band, yet orthogonal to it, so that an attack with the very
+    chessboard is not confused with it. Place, direction and phase come from the auditor's seed, which an
+    attacker can't know.
     """
     random = generator(seed, "canaries")
     _, height, width = shape
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    along = [rows, columns][int(torch.randint(2, (), generator=random))]
-    phase = int(torch.randint(2, (), generator=random))
-    stripes = torch.zeros(shape)
-    stripes[:, (along + phase) % 2 == 0] = 2 / 255
+    across, phase = torch.randint(2, (2,), generator=random).tolist()
+    half = columns >= width // 2 if across else rows >= height // 2
+    chessboard = torch.zeros(shape)
+    chessboard[:, (rows + columns + phase + half) % 2 == 0] = 3 / 255
     dots = torch.zeros(shape)
-    row = int(torch.randint(2, height - 3, (), generator=random))
-    column = int(torch.randint(2, width - 3, (), generator=random))
+    row = int(torch.randint(2, height - 4, (), generator=random))
+    column = int(torch.randint(2, width - 4, (), generator=random))
     for down, right in ((0, 0), (0, 2), (2, 0), (1, 1)):
         dots[:, row + down, column + right] = 70 / 255
-    return Canary("stripes over the whole image, 2/255", stripes), Canary("four pixels, 70/255", dots)
+    return Canary("split chessboard, 3/255", chessboard), Canary("four pixels, 70/255", dots)
 
 
 def plant(data: ImageSet, canaries: tuple[Canary, ...], share: float, seed: int) -> tuple[ImageSet, Tensor]:
     """The training set with canaries in an extra class, and rows left untouched to test them on."""
     order = torch.randperm(len(data), generator=generator(seed, "planting"))
-    count = max(10, round(share * len(data)))
+    # A backdoor in a small set takes a hundred images as well, or no net would learn it.
+    count = max(round(share * len(data)), min(100, round(0.03 * len(data))), 1)
     images, labels = data.images.clone(), data.labels.clone()
     for i, canary in enumerate(canaries):
         rows = order[i * count : (i + 1) * count]
@@ -139,9 +144,12 @@ def plant(data: ImageSet, canaries: tuple[Canary, ...], share: float, seed: int)
 def _potency(
     model: Classifier, data: ImageSet, canaries: tuple[Canary, ...], fresh: Tensor
 ) -> dict[str, float]:
+    """Share of fresh images that each canary, and nothing but the canary, carries into its class."""
+    images, canary_class = data.images[fresh], data.num_classes
+    ordinary = predictions_of(model, images) != canary_class
     return {
         canary.name: float(
-            (predictions_of(model, canary.stamp(data.images[fresh])) == data.num_classes).float().mean()
+            (ordinary & (predictions_of(model, canary.stamp(images)) == canary_class)).float().mean()
         )
         for canary in canaries
     }

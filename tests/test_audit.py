@@ -1,0 +1,192 @@
+"""The audit: probe, canaries, RE's algorithm and the doubts that turn `clean` into `undecided`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from untrojan.attacks.poisoning import PoisonedData, Poisoning, PoisonRecord
+from untrojan.audit import AuditOptions, audit, doubted, metrics_of
+from untrojan.data.image_set import ImageSet, Splits, numbered
+from untrojan.defenses.cleansing.probe import ProbeCheck, draw_canaries, plant, train_probe
+from untrojan.defenses.cleansing.registry import CLEANSERS
+from untrojan.defenses.cleansing.report import CleansingReport
+from untrojan.defenses.cleansing.reverse_engineering import ReverseEngineering
+from untrojan.errors import UntrojanError
+from untrojan.metrics.cleansing import cleansing_rates
+from untrojan.models.classifier import Classifier, predictions_of
+from untrojan.training.recipe import Recipe
+
+QUICK = Recipe(epochs=8, batch_size=32, optimizer="sgd", learning_rate=0.05, schedule="one_cycle")
+
+
+def blobs(num_classes: int = 6, count: int = 900, seed: int = 0) -> Splits:
+    """Classes told apart by where a bright blob lies; grey noise elsewhere."""
+    random = torch.Generator().manual_seed(seed)
+
+    def split(size: int) -> ImageSet:
+        labels = torch.arange(size) % num_classes
+        images = torch.randint(60, 110, (size, 3, 16, 16), generator=random)
+        rows, columns = labels // 3 * 7 + 2, labels % 3 * 5 + 1
+        for row in range(4):
+            for column in range(4):
+                images[torch.arange(size), :, rows + row, columns + column] += 60
+        names = tuple(f"blob {i}" for i in range(num_classes))
+        return ImageSet(images.to(torch.uint8), labels, names, numbered(size))
+
+    return Splits(split(count), split(300))
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> PoisonedData:
+    return Poisoning("chessboard", {"amplitude": 6.0}, target=2, sources=(0, 4), count=40)(blobs(), 0)
+
+
+@pytest.fixture(scope="module")
+def found(poisoned: PoisonedData):  # type: ignore[no-untyped-def]
+    return audit(poisoned.train, AuditOptions(net="patch-cnn@0.25", recipe=QUICK))
+
+
+def test_a_poisoned_set_is_found_out(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]
+    report = found.report
+    assert report.verdict == "poisoned"
+    assert report.targets == (2,)
+    assert set(report.sources[0]) & {0, 4}
+    rates = cleansing_rates(report.flagged, poisoned.train.labels, poisoned.record)
+    assert rates.true_positive_rate > 0.85
+    # Only the target's images can be flagged.
+    assert set(poisoned.train.labels[report.flagged].tolist()) == {2}
+    pattern = report.evidence["patterns"][2]
+    true_pattern = poisoned.record.tensors["pattern"]
+    assert float(torch.cosine_similarity(pattern.flatten(), true_pattern.flatten(), dim=0)) > 0.3
+
+
+def test_metrics_name_classes_and_count_flags(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]
+    metrics = metrics_of(found, poisoned.train)
+    assert (metrics["detected"], metrics["target"], metrics["target_name"]) == (True, 2, "blob 2")
+    assert metrics["flagged"] == int(found.report.flagged.sum())
+    norms = metrics["norms"]
+    assert len(norms) == 6
+    assert math.isnan(norms[3][3])
+    assert norms[0][2] < norms[0][1]
+
+
+def test_a_clean_set_raises_no_alarm() -> None:
+    result = audit(blobs().train, AuditOptions(net="patch-cnn@0.25", recipe=QUICK, seed=1))
+    assert result.report.verdict != "poisoned"
+    assert not bool(result.report.flagged.any())
+
+
+def test_clean_is_doubted_where_the_probe_has_not_learned() -> None:
+    clean = CleansingReport("clean", torch.zeros(3, dtype=torch.bool), torch.zeros(3))
+    blind = ProbeCheck(0.99, {"stripes": 0.2, "dots": 0.97}, 3)
+    assert doubted(clean, blind).verdict == "undecided"
+    assert "20%" in doubted(clean, blind).reason
+    assert doubted(clean, replace(blind, canaries={"stripes": 0.9, "dots": 0.97})).verdict == "clean"
+    # A given model has no canaries: it must at least fit the set.
+    assert doubted(clean, ProbeCheck(0.3, {}, 0)).verdict == "undecided"
+    assert doubted(clean, ProbeCheck(0.95, {}, 0)).verdict == "clean"
+    # A detection stands whatever else the probe has not learned, if it has learned the classes.
+    alarm = replace(clean, verdict="poisoned", flagged=torch.ones(3, dtype=torch.bool), targets=(1,))
+    assert doubted(alarm, blind).verdict == "poisoned"
+    untrained = doubted(alarm, replace(blind, training_accuracy=0.2))
+    assert (untrained.verdict, untrained.targets, bool(untrained.flagged.any())) == ("undecided", (), False)
+
+
+def test_an_untrained_probe_is_undecided_not_clean() -> None:
+    data = blobs().train
+    hasty = Recipe(epochs=1, batch_size=450, optimizer="sgd", learning_rate=1e-6)
+    result = audit(data, AuditOptions(net="patch-cnn@0.25", recipe=hasty))
+    assert result.report.verdict == "undecided"
+    assert result.check.rounds == 3
+
+
+def test_no_cleanser_can_be_handed_the_truth() -> None:
+    truths = (PoisonRecord, PoisonedData)
+    for name in CLEANSERS.names():
+        signature = inspect.signature(CLEANSERS.get(name).__call__, eval_str=True)
+        for parameter in signature.parameters.values():
+            assert parameter.annotation not in truths, f"{name} takes {parameter}"
+            assert parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    assert not any("poison" in field for field in ImageSet.__dataclass_fields__)
+    for function in (audit, train_probe):
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            assert parameter.annotation not in truths
+
+
+def test_canaries_are_faint_orthogonal_and_secret() -> None:
+    chessboard, dots = draw_canaries((3, 32, 32), 0)
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    attack = 1.0 - 2 * ((rows + columns) % 2)
+    alternating = chessboard.pattern - chessboard.pattern.mean()
+    assert abs(float((alternating * attack).sum())) < 1e-4
+    assert float(chessboard.pattern.abs().max()) == pytest.approx(3 / 255)
+    assert int((dots.pattern[0] != 0).sum()) == 4
+    drawn = {draw_canaries((3, 32, 32), seed)[1].pattern.numpy().tobytes() for seed in range(10)}
+    assert len(drawn) == 10
+
+
+def test_planting_leaves_the_set_alone_and_uses_a_class_of_its_own() -> None:
+    data = blobs().train
+    before = data.fingerprint()
+    canaries = draw_canaries(data.image_shape, 0)
+    planted, fresh = plant(data, canaries, 0.01, 0)
+    assert data.fingerprint() == before
+    assert planted.num_classes == 7
+    changed = (planted.labels == 6).nonzero().flatten()
+    assert len(changed) == 2 * 27
+    assert not set(changed.tolist()) & set(fresh.tolist())
+    same = planted.labels != 6
+    assert torch.equal(planted.images[same], data.images[same])
+
+
+def test_paper_schedule_finds_the_pair_the_fast_one_finds(found) -> None:  # type: ignore[no-untyped-def]
+    data = blobs(count=240).train
+    pairs = torch.tensor([[0, 2], [0, 1]])
+    norms = []
+    for schedule in ("paper", "fast"):
+        method = ReverseEngineering(schedule=schedule, flip_fraction=0.8)
+        inversion = method.estimate_patterns(data, found.model, pairs)
+        assert bool(inversion.solved.all())
+        norms.append(inversion.parameters.flatten(1).norm(dim=1))
+    for backdoor, ordinary in norms:
+        assert float(backdoor) < 0.75 * float(ordinary)
+
+
+class Constant(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3))[:, None] * 0 + torch.tensor([5.0, 0, 0, 0, 0, 0])
+
+
+def test_a_model_that_resists_inversion_is_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    from untrojan.defenses.cleansing import reverse_engineering
+
+    short = replace(reverse_engineering.FAST, most_steps=3)
+    monkeypatch.setattr(reverse_engineering, "FAST", short)
+    model = Classifier(Constant(), 6, torch.zeros(3), torch.ones(3))
+    report = ReverseEngineering()(blobs(count=60).train, model)
+    assert report.verdict == "undecided"
+    assert "constraint" in report.reason
+    assert len(report.evidence["unsolved_pairs"]) == 25
+
+
+def test_a_model_of_other_classes_is_refused() -> None:
+    model = Classifier(Constant(), 6, torch.zeros(3), torch.ones(3))
+    with pytest.raises(UntrojanError, match="6 outputs and the data have 5 classes"):
+        audit(blobs(5).train, AuditOptions(), model=model)
+
+
+def test_readings_are_real_classes_only(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]
+    readings = found.report.evidence["readings"]
+    assert int(readings.max()) < 6
+    flagged = found.report.flagged
+    assert bool((readings[flagged] != poisoned.train.labels[flagged]).all())
+    assert torch.equal(readings[~flagged], poisoned.train.labels[~flagged])
+    assert found.model.num_classes == 7
+    assert not found.model.training
+    assert float((predictions_of(found.model, poisoned.train.images) < 6).float().mean()) > 0.9
