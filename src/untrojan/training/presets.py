@@ -18,13 +18,17 @@ PRESETS: dict[str, Recipe] = {
     ),
     "paper-cifar100-probe": Recipe(epochs=120, schedule="steps", milestones=(60, 100, 110)),
     # Two cores. Many small steps rather than few large ones: a faint pattern is learned late.
+    "desk-plain": Recipe(
+        epochs=5, batch_size=64, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4,
+        schedule="one_cycle", label_smoothing=0.05, precision="bfloat16",
+    ),
     "desk-probe": Recipe(
         epochs=8, batch_size=64, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4,
         schedule="one_cycle", label_smoothing=0.05, precision="bfloat16",
     ),
     "desk-victim": Recipe(
         epochs=12, batch_size=64, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4,
-        schedule="one_cycle", label_smoothing=0.05, crop_padding=2, flip=True, precision="bfloat16",
+        schedule="one_cycle", label_smoothing=0.05, crop_padding=4, flip=True, precision="bfloat16",
     ),
     # A few thousand `signs`: enough passes to learn a trigger on a hundred images.
     "demo-probe": Recipe(
