@@ -242,3 +242,12 @@ def test_a_users_mistake_is_one_line_that_names_it(users_module: str, factory: s
     assert str(error.value).startswith(users_module)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_wrapping_a_network_twice_changes_no_second_layer() -> None:
+    from untrojan.models.classifier import FirstClasses, Float32Conv2d
+    from untrojan.models.registry import build
+
+    model = build("cnn", num_classes=4, image_shape=(3, 32, 32), mean=torch.zeros(3), std=torch.ones(3))
+    FirstClasses(model, 3)
+    assert sum(isinstance(module, Float32Conv2d) for module in model.modules()) == 1

@@ -10,7 +10,13 @@ import torch
 
 from untrojan.cost import Cost, measure
 from untrojan.data.image_set import ImageSet, Splits
-from untrojan.defenses.cleansing.probe import POTENT, ProbeCheck, check_model, train_probe
+from untrojan.defenses.cleansing.probe import (
+    POTENT,
+    ProbeCheck,
+    canary_potency,
+    train_probe,
+    training_accuracy,
+)
 from untrojan.defenses.cleansing.registry import CLEANSERS
 from untrojan.defenses.cleansing.report import CleansingReport, Verdict
 from untrojan.errors import UntrojanError
@@ -58,6 +64,8 @@ class Audit:
     check: ProbeCheck
     costs: dict[str, Cost]
     """What each stage cost."""
+    probe_name: str
+    """The probe's architecture, or that the model was given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,39 +84,39 @@ def audit(
     """Train a probe net (or take ``model``, trained on ``train``), run the method, doubt the result.
 
     ``work`` holds checkpoints, from which a killed audit resumes. A verdict of ``clean`` stands only where
-    the probe has shown that it would have learned a faint backdoor; else it becomes ``undecided``.
+    a twin of the probe has shown that its recipe learns faint backdoors; else it becomes ``undecided``.
 
     Raises UntrojanError where the model's outputs do not match the classes.
     """
     settings = {"schedule": options.schedule, "significance": options.significance, "seed": options.seed}
     cleanser = CLEANSERS.build(options.method, settings)
+    recipe = options.training_recipe()
+    given = model is not None
+
+    def checkpoint(name: str) -> Path | None:
+        return None if work is None else work / name
+
     with measure() as probe_cost:
         if model is None:
-            model, check = _trained_probe(train, options, None if work is None else work / "probe")
-        else:
-            check = _given_probe(train, model)
-    checkpoint = None if work is None else work / f"{options.method}.safetensors"
+            path = checkpoint("probe.pt")
+            model = train_probe(train, options.net, recipe, seed=options.seed, checkpoint=path)
+        elif model.num_classes != train.num_classes:
+            raise UntrojanError(
+                f"the model has {model.num_classes} outputs and the data have {train.num_classes} classes: "
+                "audit a set with the model trained on it, or let the audit train its own"
+            )
     with measure() as method_cost:
-        report = cleanser(train, model, checkpoint=checkpoint)
+        report = cleanser(train, model, checkpoint=checkpoint(f"{options.method}.safetensors"))
     costs = {"probe net": probe_cost, options.method: method_cost}
-    return Audit(doubted(report, check), model, check, costs)
-
-
-def _trained_probe(
-    train: ImageSet, options: AuditOptions, checkpoint: Path | None
-) -> tuple[Classifier, ProbeCheck]:
-    recipe = options.training_recipe()
-    probe = train_probe(train, options.net, recipe, seed=options.seed, checkpoint=checkpoint)
-    return probe.model, probe.check
-
-
-def _given_probe(train: ImageSet, model: Classifier) -> ProbeCheck:
-    if model.num_classes != train.num_classes:
-        raise UntrojanError(
-            f"the model has {model.num_classes} outputs and the data have {train.num_classes} classes: "
-            "audit a set with the model trained on it, or let the audit train its own"
-        )
-    return check_model(model, train)
+    canaries: dict[str, float] = {}
+    if report.verdict == "clean" and not given:
+        with measure() as twin_cost:
+            path = checkpoint("twin.pt")
+            canaries = canary_potency(train, options.net, recipe, seed=options.seed, checkpoint=path)
+        costs["canary check"] = twin_cost
+    check = ProbeCheck(training_accuracy(model, train), canaries)
+    name = "the given model" if given else options.net
+    return Audit(doubted(report, check), model, check, costs, name)
 
 
 def doubted(report: CleansingReport, check: ProbeCheck) -> CleansingReport:
@@ -234,25 +242,26 @@ def _write_page(
         predicted=found.report.evidence.get("readings"),
         truth=truth,
         comparison=comparison,
-        probe=_probe_section(found.check, options, given=not found.check.rounds),
+        probe=_probe_section(found),
         run=_run_section(folder, train, found, options),
         listing="flagged.csv",
     )
     return folder.write_text("report.html", render_audit(page))
 
 
-def _probe_section(check: ProbeCheck, options: AuditOptions, *, given: bool) -> Any:
+def _probe_section(found: Audit) -> Any:
     from untrojan.report.audit_page import Check
     from untrojan.report.audit_page import ProbeCheck as Section
 
-    checks = [Check("training images predicted as labelled", f"{check.training_accuracy:.1%}")]
+    accuracy = found.check.training_accuracy
+    learned = "the probe has learned the classes as they are labelled"
+    checks = [Check("training images predicted as labelled", f"{accuracy:.1%}", accuracy >= FITTED, learned)]
+    carried = "fresh images that the auditor's own faint pattern carries over, in a twin of the probe"
     checks += [
-        Check(
-            f"canary: {name}", f"{share:.1%}", share >= POTENT, "fresh images this own pattern carries over"
-        )
-        for name, share in check.canaries.items()
+        Check(f"canary: {name}", f"{share:.1%}", share >= POTENT, carried)
+        for name, share in found.check.canaries.items()
     ]
-    return Section("the given model" if given else options.net, tuple(checks))
+    return Section(found.probe_name, tuple(checks))
 
 
 def _run_section(folder: RunFolder, train: ImageSet, found: Audit, options: AuditOptions) -> Any:

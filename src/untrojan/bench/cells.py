@@ -126,16 +126,6 @@ class _Expansion:
         inputs = {"data": self.data, "poisoned": poisoned}
         return self._stage("train", config, inputs, label, profile=recipe)
 
-    def _probed(self, poisoned: Stage, seed: int, label: str) -> Stage:
-        """The probe as ``untrojan audit`` trains it: with canaries, and again until it has learned them."""
-        config = {
-            "architecture": self.net.architecture,
-            "recipe": self.resolved.recipes[self.net.probe],
-            "seed": seed,
-        }
-        inputs = {"data": self.data, "poisoned": poisoned}
-        return self._stage("probe", config, inputs, label, profile=self.net.probe)
-
     def _evaluated(self, model: Stage, poisoned: Stage, label: str) -> Stage:
         inputs = {"data": self.data, "poisoned": poisoned, "model": model}
         return self._stage("evaluate", {}, inputs, label)
@@ -148,7 +138,7 @@ class _Expansion:
     def _defended(
         self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, victim: Stage, seed: int
     ) -> dict[str, Stage]:
-        probe = self._probed(poisoned, seed, f"{attack} probe")
+        probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe")
         options = dict(self.resolved.defenses[name])
         if "seed" in options and "seed" not in defense.options:
             options["seed"] = seed

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MODEL = "model.safetensors"
 PATTERN = "pattern.safetensors"
 FLAGS = "flags.safetensors"
-CANARY_CLASS = "(canary)"
 
 
 def data(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -59,24 +58,6 @@ def train(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     return _train(config, place, _poisoned(place).train)
 
 
-def probe(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """Train the net through which an audit looks, and note what it has learned of the auditor's canaries."""
-    from dataclasses import asdict
-
-    from untrojan.defenses.cleansing.probe import train_probe
-    from untrojan.models.checkpoints import save_checkpoint
-    from untrojan.registry import validated
-    from untrojan.training.recipe import Recipe
-
-    images = _poisoned(place).train
-    trained = train_probe(
-        images, config["architecture"], validated(Recipe, config["recipe"], "recipe"), seed=config["seed"],
-        checkpoint=place.scratch / "training.pt", device=_device(),
-    )  # fmt: skip
-    save_checkpoint(place.out / MODEL, trained.model, (*images.class_names, CANARY_CLASS))
-    return {**asdict(trained.check), "learned": trained.check.sees_faint_patterns}
-
-
 def retrain(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Train as the victim was trained, on what the defence has left. Where that is everything: the victim."""
     flagged = _flags(place.inputs["audit"])
@@ -102,19 +83,28 @@ def evaluate(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 
 
 def audit(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """Run a cleanser. It gets the training set and the probe, and nothing else."""
+    """Run a cleanser and doubt it, as ``untrojan audit`` does. It gets the training set and the probe, and
+    nothing else."""
     from safetensors.torch import save_file
 
     from untrojan.audit import doubted
-    from untrojan.defenses.cleansing.probe import ProbeCheck
+    from untrojan.defenses.cleansing.probe import ProbeCheck, canary_potency, training_accuracy
     from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.registry import validated
     from untrojan.runs import json_text, write_bytes_atomically
+    from untrojan.training.recipe import Recipe
 
     cleanser = CLEANSERS.build(config["cleanser"], config["options"])
-    model = _model(place.inputs["probe"])
-    learned = _summary(place.inputs["probe"])
-    check = ProbeCheck(learned["training_accuracy"], learned["canaries"], learned["rounds"])
-    found = cleanser(_poisoned(place).train, model, checkpoint=place.scratch / "inversion.safetensors")
+    images, model = _poisoned(place).train, _model(place.inputs["probe"])
+    found = cleanser(images, model, checkpoint=place.scratch / "inversion.safetensors")
+    canaries: dict[str, float] = {}
+    if found.verdict == "clean":
+        probe = _record(place.inputs["probe"])["config"]
+        canaries = canary_potency(
+            images, probe["architecture"], validated(Recipe, probe["recipe"], "recipe"), seed=probe["seed"],
+            checkpoint=place.scratch / "twin.pt", device=_device(),
+        )  # fmt: skip
+    check = ProbeCheck(training_accuracy(model, images), canaries)
     report = doubted(found, check)
     save_file({"flagged": report.flagged, "scores": report.scores}, place.out / FLAGS)
     evidence = dict(report.evidence)
@@ -133,8 +123,8 @@ def audit(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
         "p_value": evidence.get("p_value"),
         "log10_p_value": evidence.get("log10_p_value"),
         "log10_p_value_uncalibrated": evidence.get("log10_p_value_uncalibrated"),
-        "canaries": check.canaries,
-        "weakest_canary": min(check.canaries.values(), default=None),
+        "canaries": canaries,
+        "weakest_canary": min(canaries.values(), default=None),
     }
 
 
@@ -169,7 +159,6 @@ STAGES: Mapping[str, StageFunction] = {
     "data": data,
     "poison": poison,
     "train": train,
-    "probe": probe,
     "evaluate": evaluate,
     "audit": audit,
     "score": score,

@@ -12,7 +12,6 @@ VERSIONS: Mapping[str, int] = {
     "data": 1,
     "poison": 1,
     "train": 1,
-    "probe": 1,
     "evaluate": 1,
     "audit": 1,
     "score": 1,

@@ -81,6 +81,8 @@ class Float32Linear(nn.Linear):
 def keep_stem_in_float32(network: nn.Module) -> nn.Module:
     """Make the first weighted layer, in definition order, ignore autocast. Weights and names stay."""
     for module in network.modules():
+        if isinstance(module, Float32Conv2d | Float32Linear):
+            break
         # Only plain layers: a subclass may have a forward of its own, which must be kept.
         if type(module) is nn.Conv2d:
             module.__class__ = Float32Conv2d

@@ -217,9 +217,12 @@ def calibrated_log_p_value(
     missing = ~np.isfinite(reciprocals)
     tested = [test.target for test in detection.tests]
     cleared = frozenset(range(len(reciprocals))) - frozenset(tested)
+    floor = np.nanmin(reciprocals) / 2
     smaller = 0
     for _ in range(replicates):
         drawn = random.gamma(null.shape, null.scale, reciprocals.shape) + null.location
+        # A location fitted below zero allows values that no reciprocal of a norm can have.
+        drawn = np.maximum(drawn, floor)
         drawn[missing] = np.nan
         drawn_test = order_statistic_test(drawn, location=location, cleared=cleared)
         smaller += drawn_test.log_p_value <= detection.log_p_value

@@ -1,12 +1,13 @@
-"""The classifier an audit trains, and the check that it has learned what a victim would learn.
+"""The classifier an audit trains, and the check that such a classifier learns what a victim would learn.
 
 An audit sees a backdoor only through a classifier that has learned it. Faint patterns are learned late, so
 a probe may fit every poisoned image by heart and still not react to the pattern: such an audit is blind.
 The auditor cannot ask the attacker for a test, but can plant canaries of its own: two faint patterns, one
 over the whole image and one of a few pixels, stamped on a few images of all classes that are labelled with
-an extra class of their own. A probe that does not take fresh images with a canary for that extra class
-would not have learned a backdoor of that strength either. The extra class is no class of the data, so
-that no verdict, threshold or estimate depends on it.
+an extra class. A twin of the probe, trained on that set by the same recipe, tells whether the recipe learns
+such patterns. If it does not, the probe would not have learned a backdoor of that strength either, and its
+"clean" is worth nothing. The probe itself never meets a canary: a net that has learned one reacts to
+patterns of no importance, and cleansing through it flags clean images by the hundred.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
-from untrojan.models.classifier import Classifier, pixel_statistics, predictions_of
-from untrojan.models.registry import build
+from untrojan.models.classifier import Classifier, predictions_of
+from untrojan.models.registry import build_for
 from untrojan.seeding import generator
 from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
@@ -44,26 +45,17 @@ class Canary:
 
 @dataclass(frozen=True)
 class ProbeCheck:
-    """What the probe has learned, without any ground truth."""
+    """What a probe has learned, without any ground truth."""
 
     training_accuracy: float
     """Share of the training images, labels as given, that it predicts as labelled, 0..1."""
     canaries: dict[str, float]
-    """For each canary the share of fresh images it carries over, 0..1; empty for a probe not trained here."""
-    rounds: int
-    """Training runs one after another that it took."""
+    """For each canary the share of fresh images it carries over in the probe's twin, 0..1; empty where no
+    twin was trained."""
 
     @property
     def sees_faint_patterns(self) -> bool:
         return bool(self.canaries) and min(self.canaries.values()) >= POTENT
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """A trained probe. Its model has one output more than the data have classes, for the canaries."""
-
-    model: Classifier
-    check: ProbeCheck
 
 
 def train_probe(
@@ -72,58 +64,77 @@ def train_probe(
     recipe: Recipe,
     *,
     seed: int = 0,
-    most_rounds: int = 3,
-    canary_share: float = 0.01,
     checkpoint: Path | None = None,
     device: str = "cpu",
-) -> Probe:
-    """Train a probe until it has learned the canaries, at most ``most_rounds`` times the recipe.
+    description: str = "training the probe",
+) -> Classifier:
+    """A classifier trained on the set as it stands.
 
-    ``canary_share`` of the training images carries each canary. The recipe should not augment: the probe
-    must learn the true pattern, not shifted copies of it (RE, section 5.2.1).
+    The recipe should not augment: the probe must learn the true pattern and not shifted copies of it (RE,
+    section 5.2.1).
+    """
+    model = build_for(data, architecture, precision=recipe.precision, seed=seed).to(device)
+    train(model, data, recipe, seed=seed, checkpoint=checkpoint, description=description)
+    return model
+
+
+def canary_potency(
+    data: ImageSet,
+    architecture: str,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    share: float = 0.01,
+    checkpoint: Path | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """How well the probe's twin learns the auditor's canaries, each stamped on ``share`` of the images.
+
+    For each canary the share of fresh images, 0..1, that it and nothing else carries into its class.
     """
     canaries = draw_canaries(data.image_shape, seed)
-    planted, fresh = plant(data, canaries, canary_share, seed)
-    mean, std = pixel_statistics(data)
-    model = build(
-        architecture, num_classes=data.num_classes + 1, image_shape=data.image_shape, mean=mean, std=std,
-        precision=recipe.precision, seed=seed,
-    ).to(device)  # fmt: skip
-    for turn in range(1, most_rounds + 1):
-        path = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{turn}")
-        train(model, planted, recipe, seed=seed + turn - 1, checkpoint=path, description="training the probe")
-        check = ProbeCheck(_accuracy(model, data), _potency(model, data, canaries, fresh), turn)
-        if check.sees_faint_patterns:
-            break
-    return Probe(model, check)
+    planted, fresh = plant(data, canaries, share, seed)
+    twin = train_probe(
+        planted, architecture, recipe, seed=seed, checkpoint=checkpoint, device=device,
+        description="training the probe's twin",
+    )  # fmt: skip
+    images, canary_class = data.images[fresh], data.num_classes
+    ordinary = predictions_of(twin, images) != canary_class
+    return {
+        canary.name: float(
+            (ordinary & (predictions_of(twin, canary.stamp(images)) == canary_class)).float().mean()
+        )
+        for canary in canaries
+    }
 
 
-def check_model(model: Classifier, data: ImageSet) -> ProbeCheck:
-    """What can be said of a model that came with the data: only that it fits them."""
-    return ProbeCheck(_accuracy(model, data), {}, 0)
+def training_accuracy(model: Classifier, data: ImageSet) -> float:
+    """Share of the set's images predicted as labelled, 0..1."""
+    return float((predictions_of(model, data.images) == data.labels).float().mean())
 
 
 def draw_canaries(shape: tuple[int, int, int], seed: int) -> tuple[Canary, Canary]:
-    """A pattern over the whole image, 3/255 strong, and one of four pixels, 70/255 strong.
+    """A pattern over the whole image, 4/255 strong, and one of four pixels, 70/255 strong.
 
-    The first is a chessboard with its phase turned round in one half of the image: as hard to learn as RE's
-    faintest pattern, which lies in the same band, yet orthogonal to it, so that an attack with the very
-    chessboard is not confused with it. Place, direction and phase come from the auditor's seed, which an
-    attacker can't know.
+    The first is a weave: signs alternate from pixel to pixel one way and every two pixels the other. Images
+    have little more of it than of a chessboard, RE's faintest pattern, so that it is about as hard to learn,
+    and it is orthogonal to a chessboard on every 4x4 patch, so that the two are not confused in a set that
+    is poisoned with a chessboard.
+    Place, direction and phase come from the auditor's seed, which an attacker can't know.
     """
     random = generator(seed, "canaries")
     _, height, width = shape
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    across, phase = torch.randint(2, (2,), generator=random).tolist()
-    half = columns >= width // 2 if across else rows >= height // 2
-    chessboard = torch.zeros(shape)
-    chessboard[:, (rows + columns + phase + half) % 2 == 0] = 3 / 255
+    turned, fine_phase, coarse_phase = torch.randint(2, (3,), generator=random).tolist()
+    fine, coarse = (rows, columns) if turned else (columns, rows)
+    weave = torch.zeros(shape)
+    weave[:, (fine + fine_phase + coarse // 2 + coarse_phase) % 2 == 0] = 4 / 255
     dots = torch.zeros(shape)
     row = int(torch.randint(2, height - 4, (), generator=random))
     column = int(torch.randint(2, width - 4, (), generator=random))
     for down, right in ((0, 0), (0, 2), (2, 0), (1, 1)):
         dots[:, row + down, column + right] = 70 / 255
-    return Canary("split chessboard, 3/255", chessboard), Canary("four pixels, 70/255", dots)
+    return Canary("weave over the whole image, 4/255", weave), Canary("four pixels, 70/255", dots)
 
 
 def plant(data: ImageSet, canaries: tuple[Canary, ...], share: float, seed: int) -> tuple[ImageSet, Tensor]:
@@ -139,21 +150,3 @@ def plant(data: ImageSet, canaries: tuple[Canary, ...], share: float, seed: int)
     fresh = order[len(canaries) * count :][:1000]
     names = (*data.class_names, "(canary)")
     return replace(data, images=images, labels=labels, class_names=names), fresh
-
-
-def _potency(
-    model: Classifier, data: ImageSet, canaries: tuple[Canary, ...], fresh: Tensor
-) -> dict[str, float]:
-    """Share of fresh images that each canary, and nothing but the canary, carries into its class."""
-    images, canary_class = data.images[fresh], data.num_classes
-    ordinary = predictions_of(model, images) != canary_class
-    return {
-        canary.name: float(
-            (ordinary & (predictions_of(model, canary.stamp(images)) == canary_class)).float().mean()
-        )
-        for canary in canaries
-    }
-
-
-def _accuracy(model: Classifier, data: ImageSet) -> float:
-    return float((predictions_of(model, data.images) == data.labels).float().mean())

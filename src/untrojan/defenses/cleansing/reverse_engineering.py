@@ -170,9 +170,7 @@ def read_without(
             others[:, target] = float("-inf")
             margin = others.amax(1) - logits[:, target]
             margins.append(margin.cpu())
-            # A probe may have outputs beyond the data's classes; an image is never read as one of those.
-            named = others[:, : train.num_classes].argmax(1)
-            readings.append(torch.where(margin > 0, named, target).cpu())
+            readings.append(torch.where(margin > 0, others.argmax(1), target).cpu())
     return rows, torch.sigmoid(torch.cat(margins)), torch.cat(readings)
 
 
