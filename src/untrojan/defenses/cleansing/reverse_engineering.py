@@ -30,7 +30,7 @@ from untrojan.inversion.engine import FAST, PAPER, Inversion, ProportionalStep, 
 from untrojan.models.classifier import Classifier, evaluating, to_float
 
 POLISH = Schedule(
-    ProportionalStep(share=0.02, least=0.005),
+    ProportionalStep(share=0.02, least=9e-5, memory=0.5),
     images_a_side=128,
     confirm_every=1,
     most_steps=600,
