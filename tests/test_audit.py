@@ -18,11 +18,14 @@ from untrojan.defenses.cleansing.probe import (
     canary_potency,
     draw_canaries,
     plant,
-    train_probe,
 )
 from untrojan.defenses.cleansing.registry import CLEANSERS
 from untrojan.defenses.cleansing.report import CleansingReport
-from untrojan.defenses.cleansing.reverse_engineering import ReverseEngineering
+from untrojan.defenses.cleansing.reverse_engineering import (
+    ReverseEngineering,
+    remove,
+    split_scales,
+)
 from untrojan.errors import UntrojanError
 from untrojan.metrics.cleansing import cleansing_rates
 from untrojan.models.classifier import Classifier, predictions_of
@@ -120,7 +123,7 @@ def test_no_cleanser_can_be_handed_the_truth() -> None:
             assert parameter.annotation not in truths, f"{name} takes {parameter}"
             assert parameter.kind is not inspect.Parameter.VAR_KEYWORD
     assert not any("poison" in field for field in ImageSet.__dataclass_fields__)
-    for function in (audit, train_probe):
+    for function in (audit, canary_potency):
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             assert parameter.annotation not in truths
 
@@ -163,6 +166,45 @@ def test_paper_schedule_finds_the_pair_the_fast_one_finds(found) -> None:  # typ
         norms.append(inversion.parameters.flatten(1).norm(dim=1))
     for backdoor, ordinary in norms:
         assert float(backdoor) < 0.75 * float(ordinary)
+
+
+class Sum(nn.Module):
+    """Class 1 where the mean pixel exceeds a half, else class 0."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.mean((1, 2, 3))
+        return torch.stack([0.5 - mean, mean - 0.5], 1)
+
+
+def test_removal_scales_are_the_closed_form() -> None:
+    model = Classifier(Sum(), 2, torch.zeros(3), torch.ones(3))
+    greys = torch.tensor([130, 140, 160, 250, 100], dtype=torch.uint8)
+    images = greys[:, None, None, None].expand(5, 3, 4, 4).clone()
+    data = ImageSet(images, torch.ones(5, dtype=torch.int64), ("dark", "light"), numbered(5))
+    pattern = torch.full((3, 4, 4), 5 / 255)
+    removal = remove(model, data, 1, pattern, halvings=12)
+    # (grey - 127.5) / 5 patterns have to go; a quarter is the least that is tried, sixteen the most.
+    wanted = torch.log2((greys[:3].float() - 127.5) / 5)
+    torch.testing.assert_close(removal.scales[:3], wanted, atol=0.01, rtol=0)
+    assert float(removal.scales[3]) == 5.0
+    assert float(removal.scales[4]) < -1.99
+    assert removal.readings.tolist() == [0, 0, 0, 1, 0]
+
+
+def test_scales_are_split_between_their_groups() -> None:
+    poison, clean = torch.linspace(-1, 1, 50), torch.full((900,), 5.0)
+    assert 1 < split_scales(torch.cat([clean, poison])) <= 3
+    # Never less is flagged than the paper flags, and never what eight patterns unflip.
+    assert split_scales(torch.cat([torch.full((50,), -2.0), torch.full((50,), -1.0)])) == 0
+    assert split_scales(torch.cat([torch.full((50,), 4.0), clean])) == 3
+
+
+def test_the_papers_rule_flags_what_one_pattern_unflips(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]
+    paper = ReverseEngineering(cleansing="paper")(poisoned.train, found.model)
+    split = ReverseEngineering()(poisoned.train, found.model)
+    assert bool((split.flagged | ~paper.flagged).all())
+    removed = poisoned.train.images[paper.flagged].float() / 255 - paper.evidence["patterns"][2]
+    assert not bool((found.model(removed.clamp(0, 1)).argmax(1) == 2).any())
 
 
 class Constant(nn.Module):

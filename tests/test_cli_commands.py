@@ -120,7 +120,7 @@ def test_audit_answers_by_exit_status_json_and_files(
             sources=((0, 2),) if hit else (),
             reason="for a test",
         )
-        return Audit(report, build_for(train, "cnn@0.25"), ProbeCheck(1.0, {}, 1), {})
+        return Audit(report, build_for(train, "cnn@0.25"), ProbeCheck(1.0, {}), {}, "cnn@0.25")
 
     monkeypatch.setattr(untrojan.audit, "audit", found)
     monkeypatch.setattr(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from untrojan.data.image_set import ImageSet, numbered
 from untrojan.errors import UntrojanError
 from untrojan.models import registry
-from untrojan.models.classifier import Classifier, Float32Conv2d, logits_of
+from untrojan.models.classifier import Classifier, Float32Conv2d, keep_stem_in_float32, logits_of
 from untrojan.models.taps import _trace, tapped
 
 
@@ -245,9 +245,6 @@ def test_a_users_mistake_is_one_line_that_names_it(users_module: str, factory: s
 
 
 def test_wrapping_a_network_twice_changes_no_second_layer() -> None:
-    from untrojan.models.classifier import FirstClasses, Float32Conv2d
-    from untrojan.models.registry import build
-
-    model = build("cnn", num_classes=4, image_shape=(3, 32, 32), mean=torch.zeros(3), std=torch.ones(3))
-    FirstClasses(model, 3)
-    assert sum(isinstance(module, Float32Conv2d) for module in model.modules()) == 1
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    keep_stem_in_float32(keep_stem_in_float32(network))
+    assert [isinstance(layer, Float32Conv2d) for layer in network] == [True, False]

@@ -14,13 +14,13 @@ from untrojan.defenses.cleansing.probe import (
     POTENT,
     ProbeCheck,
     canary_potency,
-    train_probe,
     training_accuracy,
 )
 from untrojan.defenses.cleansing.registry import CLEANSERS
 from untrojan.defenses.cleansing.report import CleansingReport, Verdict
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier
+from untrojan.training.loop import train_new
 from untrojan.training.presets import preset
 from untrojan.training.recipe import Recipe
 
@@ -45,7 +45,8 @@ class AuditOptions:
     net: str = "patch-cnn"
     """The architecture of the probe net."""
     recipe: str | Recipe = "desk-probe"
-    """How the probe net is trained: a preset's name, or a recipe. It should not augment."""
+    """How the probe net is trained: a preset's name, or a recipe. It should not augment: the probe must learn
+    the true pattern and not shifted copies of it (RE, section 5.2.1)."""
     seed: int = 0
 
     def training_recipe(self) -> Recipe:
@@ -99,7 +100,10 @@ def audit(
     with measure() as probe_cost:
         if model is None:
             path = checkpoint("probe.pt")
-            model = train_probe(train, options.net, recipe, seed=options.seed, checkpoint=path)
+            model, _ = train_new(
+                train, options.net, recipe, seed=options.seed, checkpoint=path,
+                description="training the probe",
+            )  # fmt: skip
         elif model.num_classes != train.num_classes:
             raise UntrojanError(
                 f"the model has {model.num_classes} outputs and the data have {train.num_classes} classes: "

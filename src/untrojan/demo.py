@@ -13,8 +13,7 @@ from untrojan.data.signs import make_signs
 from untrojan.metrics.accuracy import attack_success_rate, benign_accuracy
 from untrojan.metrics.cleansing import CleansingRates, cleansing_rates
 from untrojan.models.classifier import Classifier
-from untrojan.models.registry import build_for
-from untrojan.training.loop import train
+from untrojan.training.loop import train_new
 from untrojan.training.presets import preset
 
 if TYPE_CHECKING:
@@ -60,9 +59,7 @@ def run_demo(folder: RunFolder, seed: int = 0) -> dict[str, Any]:
 
 def _trained(data: ImageSet, seed: int, checkpoint: Path, description: str) -> Classifier:
     recipe = preset("demo-victim")
-    model = build_for(data, NET, precision=recipe.precision, seed=seed)
-    train(model, data, recipe, seed=seed, checkpoint=checkpoint, description=description)
-    return model
+    return train_new(data, NET, recipe, seed=seed, checkpoint=checkpoint, description=description)[0]
 
 
 def _quality(model: Classifier, poisoned: PoisonedData) -> Quality:

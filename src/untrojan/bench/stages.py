@@ -303,17 +303,13 @@ def _stored_pattern(folder: Path) -> Trigger | None:
 
 def _train(config: Mapping[str, Any], place: Place, images: ImageSet) -> dict[str, Any]:
     from untrojan.models.checkpoints import save_checkpoint
-    from untrojan.models.registry import build_for
     from untrojan.registry import validated
-    from untrojan.training.loop import train as run_training
+    from untrojan.training.loop import train_new
     from untrojan.training.recipe import Recipe
 
-    recipe = validated(Recipe, config["recipe"], "recipe")
-    model = build_for(images, config["architecture"], precision=recipe.precision, seed=config["seed"])
-    model = model.to(_device())
-    history = run_training(
-        model, images, recipe, seed=config["seed"], checkpoint=place.scratch / "training.pt",
-        description=place.label or "training",
+    model, history = train_new(
+        images, config["architecture"], validated(Recipe, config["recipe"], "recipe"), seed=config["seed"],
+        checkpoint=place.scratch / "training.pt", description=place.label or "training", device=_device(),
     )  # fmt: skip
     save_checkpoint(place.out / MODEL, model, images.class_names)
     last = history.epochs[-1]

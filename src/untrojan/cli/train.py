@@ -44,9 +44,9 @@ def train(
     from untrojan.data.load import load
     from untrojan.metrics.accuracy import benign_accuracy
     from untrojan.models.checkpoints import save_checkpoint
-    from untrojan.models.registry import build_for, check_name
+    from untrojan.models.registry import check_name
     from untrojan.runs import RunFolder
-    from untrojan.training.loop import train as train_model
+    from untrojan.training.loop import train_new
 
     check_name(net)
     changes = {
@@ -63,8 +63,8 @@ def train(
     with RunFolder(out, "train", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)
         folder.use_data("train", splits.train)
-        model = build_for(splits.train, net, precision=recipe.precision, seed=seed)
-        history = train_model(model, splits.train, recipe, seed=seed, checkpoint=folder.work / "training.pt")
+        checkpoint = folder.work / "training.pt"
+        model, history = train_new(splits.train, net, recipe, seed=seed, checkpoint=checkpoint)
         metrics = {
             "training_accuracy": history.epochs[-1].accuracy,
             "benign_accuracy": benign_accuracy(model, splits.test) if splits.test else None,

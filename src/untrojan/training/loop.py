@@ -17,6 +17,7 @@ from untrojan.data.augment import augment
 from untrojan.data.image_set import ImageSet
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier
+from untrojan.models.registry import build_for
 from untrojan.progress import task
 from untrojan.seeding import generator
 from untrojan.training.recipe import Recipe
@@ -104,6 +105,26 @@ def train(
             run.save(checkpoint)
     model.eval()
     return run.history
+
+
+def train_new(
+    data: ImageSet,
+    architecture: str,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    description: str = "training",
+    device: str = "cpu",
+) -> tuple[Classifier, TrainingHistory]:
+    """A new classifier for ``data``, trained on them: how victims, probes and retrained models are made.
+
+    ``architecture`` is a name of :mod:`untrojan.models.registry`. Raises UntrojanError as :func:`train` does
+    and for an unknown architecture.
+    """
+    model = build_for(data, architecture, precision=recipe.precision, seed=seed).to(device)
+    history = train(model, data, recipe, seed=seed, checkpoint=checkpoint, description=description)
+    return model, history
 
 
 def _cross_entropy(recipe: Recipe) -> BatchLoss:

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
 from untrojan.models.classifier import Classifier, predictions_of
-from untrojan.models.registry import build_for
 from untrojan.seeding import generator
-from untrojan.training.loop import train
+from untrojan.training.loop import train_new
 from untrojan.training.recipe import Recipe
 from untrojan.triggers.base import to_bytes
 
@@ -58,26 +57,6 @@ class ProbeCheck:
         return bool(self.canaries) and min(self.canaries.values()) >= POTENT
 
 
-def train_probe(
-    data: ImageSet,
-    architecture: str,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    checkpoint: Path | None = None,
-    device: str = "cpu",
-    description: str = "training the probe",
-) -> Classifier:
-    """A classifier trained on the set as it stands.
-
-    The recipe should not augment: the probe must learn the true pattern and not shifted copies of it (RE,
-    section 5.2.1).
-    """
-    model = build_for(data, architecture, precision=recipe.precision, seed=seed).to(device)
-    train(model, data, recipe, seed=seed, checkpoint=checkpoint, description=description)
-    return model
-
-
 def canary_potency(
     data: ImageSet,
     architecture: str,
@@ -94,7 +73,7 @@ def canary_potency(
     """
     canaries = draw_canaries(data.image_shape, seed)
     planted, fresh = plant(data, canaries, share, seed)
-    twin = train_probe(
+    twin, _ = train_new(
         planted, architecture, recipe, seed=seed, checkpoint=checkpoint, device=device,
         description="training the probe's twin",
     )  # fmt: skip
