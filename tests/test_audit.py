@@ -192,11 +192,14 @@ def test_removal_scales_are_the_closed_form() -> None:
 
 
 def test_scales_are_split_between_their_groups() -> None:
-    poison, clean = torch.linspace(-1, 1, 50), torch.full((900,), 5.0)
-    assert 1 < split_scales(torch.cat([clean, poison])) <= 3
-    # Never less is flagged than the paper flags, and never what eight patterns unflip.
+    poison, clean = torch.linspace(-1, 0.6, 50), torch.full((900,), 5.0)
+    assert 0.6 < split_scales(torch.cat([clean, poison])) <= 1
+    # Never less is flagged than the paper flags, and never what twice the pattern does not unflip.
     assert split_scales(torch.cat([torch.full((50,), -2.0), torch.full((50,), -1.0)])) == 0
-    assert split_scales(torch.cat([torch.full((50,), 4.0), clean])) == 3
+    assert split_scales(torch.cat([torch.full((50,), 3.0), clean])) == 1
+    # One group has no split.
+    assert split_scales(torch.randn(1000, generator=torch.Generator().manual_seed(0)) + 1) == 0
+    assert split_scales(torch.full((10,), 5.0)) == 0
 
 
 def test_the_papers_rule_flags_what_one_pattern_unflips(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from untrojan.defenses.cleansing.report import CleansingReport, Verdict
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier
 from untrojan.training.loop import train_new
-from untrojan.training.presets import preset
+from untrojan.training.presets import preset, probe_recipe
 from untrojan.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -44,12 +44,16 @@ class AuditOptions:
     """The p-value under which an attack is declared: the share of clean sets that may raise a false alarm."""
     net: str = "patch-cnn"
     """The architecture of the probe net."""
-    recipe: str | Recipe = "desk-probe"
-    """How the probe net is trained: a preset's name, or a recipe. It should not augment: the probe must learn
+    recipe: str | Recipe = "auto"
+    """How the probe net is trained: ``auto`` (``desk-probe`` with epochs to suit the set's size), a preset's
+    name, or a recipe. It should not augment: the probe must learn
     the true pattern and not shifted copies of it (RE, section 5.2.1)."""
     seed: int = 0
 
-    def training_recipe(self) -> Recipe:
+    def training_recipe(self, images: int) -> Recipe:
+        """The recipe for a set of so many images. Raises UntrojanError for an unknown preset."""
+        if self.recipe == "auto":
+            return probe_recipe(images)
         return preset(self.recipe) if isinstance(self.recipe, str) else self.recipe
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def audit(
     """
     settings = {"schedule": options.schedule, "significance": options.significance, "seed": options.seed}
     cleanser = CLEANSERS.build(options.method, settings)
-    recipe = options.training_recipe()
+    recipe = options.training_recipe(len(train))
     given = model is not None
 
     def checkpoint(name: str) -> Path | None:

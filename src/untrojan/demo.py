@@ -40,7 +40,7 @@ def run_demo(folder: RunFolder, seed: int = 0) -> dict[str, Any]:
     folder.use_data("train", poisoned.train)
     undefended = _trained(poisoned.train, seed, folder.work / "undefended.pt", "training as delivered")
     before = _quality(undefended, poisoned)
-    found = audit(poisoned.train, AuditOptions(net=NET, recipe="demo-probe", seed=seed), work=folder.work)
+    found = audit(poisoned.train, AuditOptions(net=NET, seed=seed), work=folder.work)
     cleansed = poisoned.train.select(~found.report.flagged)
     retrained = _trained(cleansed, seed, folder.work / "retrained.pt", "training after cleansing")
     after = _quality(retrained, poisoned)
@@ -90,7 +90,7 @@ def _write_report(
     truth = Truth(poisoned.record.poisoned, {ATTACK.target: poisoned.record.tensors["pattern"]})
     run_audit(
         Splits(poisoned.train, poisoned.test),
-        AuditOptions(net=NET, recipe="demo-probe", seed=seed),
+        AuditOptions(net=NET, seed=seed),
         folder,
         subject="the demo's training set: street signs, poisoned on purpose",
         truth=truth,

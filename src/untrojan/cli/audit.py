@@ -27,7 +27,7 @@ def audit(
     mean: options.Mean = None,
     std: options.Std = None,
     net: options.Net = "patch-cnn",
-    preset: Annotated[str, typer.Option(metavar="NAME", help="The probe's training recipe.")] = "desk-probe",
+    preset: Annotated[str, typer.Option(metavar="NAME", help="The probe's training recipe.")] = "auto",
     schedule: Annotated[
         Literal["fast", "paper"], typer.Option(help="How patterns are estimated: fast, or as published.")
     ] = "fast",
@@ -65,7 +65,7 @@ def audit(
     choices = AuditOptions(
         schedule=schedule, significance=false_alarm_rate, net=net, recipe=preset, seed=seed
     )
-    choices.training_recipe()
+    choices.training_recipe(1)
     if write_clean is not None:
         inputs.new_data(write_clean, overwrite, "--write-clean")
     given = {"model": model, "architecture": architecture, "mean": mean, "std": std}

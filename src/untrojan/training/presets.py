@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from untrojan.errors import UntrojanError
 from untrojan.training.recipe import Recipe
 
@@ -31,15 +34,20 @@ PRESETS: dict[str, Recipe] = {
         schedule="one_cycle", label_smoothing=0.05, crop_padding=4, flip=True, precision="bfloat16",
     ),
     # A few thousand `signs`: enough passes to learn a trigger on a hundred images.
-    "demo-probe": Recipe(
-        epochs=20, batch_size=64, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4,
-        schedule="one_cycle", label_smoothing=0.05, precision="bfloat16",
-    ),
     "demo-victim": Recipe(
         epochs=20, batch_size=64, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4,
         schedule="one_cycle", label_smoothing=0.05, crop_padding=1, precision="bfloat16",
     ),
 }  # fmt: skip
+
+
+def probe_recipe(images: int) -> Recipe:
+    """``desk-probe`` with epochs to suit a set of so many images: a small set needs more passes.
+
+    25 epochs for 4,000 images and 8 for 50,000 or more, by the square root between and below, 40 at most.
+    """
+    epochs = math.ceil(25 * (4000 / max(images, 1)) ** 0.5)
+    return replace(PRESETS["desk-probe"], epochs=min(40, max(8, epochs)))
 
 
 def preset(name: str) -> Recipe:

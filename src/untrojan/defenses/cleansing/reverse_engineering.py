@@ -230,21 +230,29 @@ def _read_without(model: Classifier, images: Tensor, pattern: Tensor, scales: Te
     return torch.cat(readings)
 
 
+TWO_GROUPS = 0.8
+"""Share of the scales' variance that a split must explain before the scales count as two groups."""
+
+
 def split_scales(scales: Tensor) -> float:
     """Where the scales (n,) fall into two groups, log2: the split with the least variance within (Otsu).
 
-    Never below 0, which is equation 12's own threshold: the pattern as estimated. Never above 3: eight
-    times the pattern changes the prediction for many a clean image.
+    Between 0, equation 12's own threshold, and 1: twice the pattern as estimated. It is 0 where there is but
+    one group, as where the pattern is no smaller than what changes the prediction for many a clean image.
     """
     ordered = scales.double().sort().values
     count = len(ordered)
+    if count < 2 or float(ordered[0]) == float(ordered[-1]):
+        return 0.0
     lower = torch.arange(1, count)
     sums = ordered.cumsum(0)
     mean_below = sums[:-1] / lower
     mean_above = (sums[-1] - sums[:-1]) / (count - lower)
-    between = lower * (count - lower) * (mean_above - mean_below) ** 2
-    best = int(between.argmax()) if count > 1 else 0
-    return float(((ordered[best] + ordered[min(best + 1, count - 1)]) / 2).clamp(0, 3))
+    between = lower * (count - lower) * (mean_above - mean_below) ** 2 / count**2
+    best = int(between.argmax())
+    if float(between[best] / ordered.var(correction=0)) < TWO_GROUPS:
+        return 0.0
+    return float(((ordered[best] + ordered[best + 1]) / 2).clamp(0, 1))
 
 
 def _none(train: ImageSet) -> Tensor:
