@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from untrojan.attacks.poisoning import PoisonedData, Poisoning, PoisonRecord
 from untrojan.audit import AuditOptions, audit, doubted, metrics_of
 from untrojan.data.image_set import ImageSet, Splits, numbered
+from untrojan.defenses.cleansing.pattern_removal import remove, split_scales
 from untrojan.defenses.cleansing.probe import (
     ProbeCheck,
     canary_potency,
@@ -21,11 +22,7 @@ from untrojan.defenses.cleansing.probe import (
 )
 from untrojan.defenses.cleansing.registry import CLEANSERS
 from untrojan.defenses.cleansing.report import CleansingReport
-from untrojan.defenses.cleansing.reverse_engineering import (
-    ReverseEngineering,
-    remove,
-    split_scales,
-)
+from untrojan.defenses.cleansing.reverse_engineering import ReverseEngineering
 from untrojan.errors import UntrojanError
 from untrojan.metrics.cleansing import cleansing_rates
 from untrojan.models.classifier import Classifier, predictions_of

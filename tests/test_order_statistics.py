@@ -123,3 +123,11 @@ def test_cleared_classes_are_neither_tested_nor_in_the_null() -> None:
     cleared = order_statistic_test(values, cleared=frozenset({7}))
     assert 7 not in {test.target for test in cleared.tests}
     assert cleared.p_value > 1e-3
+
+
+def test_the_largest_reciprocals_hold_the_smallest_p_value() -> None:
+    for seed in range(40):
+        values = null_reciprocals(seed, 8 + seed % 5)
+        whole, part = order_statistic_test(values), order_statistic_test(values, candidates=2)
+        assert part.log_p_value == whole.log_p_value
+        assert part.suspect == whole.suspect

@@ -111,7 +111,8 @@ class Schedule:
     flip_fraction: float = 0.95
     """The constraint: the share of source images that must be classified as the target (RE's pi)."""
     confirm_images: int | None = None
-    """Source images on which the constraint is confirmed; None takes every one."""
+    """Source images on which the constraint is confirmed; None takes every one. 0 never confirms it: every
+    pair takes all its steps, and none is reported as solved."""
     confirm_every: int = 5
     """Steps between two confirmations at least; a pair far from its constraint waits longer."""
     most_steps: int = 5000
@@ -299,6 +300,8 @@ class _Search:
 
     def _confirm(self, due: Tensor) -> None:
         """Measure the constraint where the last step's estimate comes near it."""
+        if self.schedule.confirm_images == 0:
+            return
         wanted = self.schedule.flip_fraction
         # A few images a step make a rough estimate; what it would miss by is made up by confirming early.
         margin = 1.5 * (wanted * (1 - wanted) / self.schedule.images_a_side) ** 0.5

@@ -74,17 +74,23 @@ def order_statistic_test(
     location: Location = "free",
     weights: Floats | None = None,
     cleared: frozenset[int] = frozenset(),
+    candidates: int | None = None,
 ) -> Detection:
     """Equations 10 and 11 on reciprocals (K, K), [source, target]; NaN where a pair has none.
 
     ``weights`` (K, K) are inverse inclusion probabilities, where only some pairs were estimated.
-    Classes in ``cleared`` have been judged already: they are neither tested nor part of any null.
+    Classes in ``cleared`` have been judged already: they are neither tested nor part of any null. With
+    ``candidates``, p-values are computed for that many classes of largest reciprocal alone, among which the
+    smallest p-value is found.
     """
     num_classes = len(reciprocals)
     tested = [c for c in range(num_classes) if c not in cleared and np.isfinite(reciprocals[:, c]).any()]
+    count = len(tested)
+    if candidates is not None:
+        tested = sorted(tested, key=lambda c: -np.nanmax(reciprocals[:, c]))[:candidates]
     tests = tuple(_test_class(reciprocals, c, location, weights, cleared) for c in tested)
     smallest = min(test.log_p_value for test in tests)
-    return Detection(tests, log_smallest_of(smallest, len(tests)))
+    return Detection(tests, log_smallest_of(smallest, count))
 
 
 def _test_class(
@@ -203,6 +209,7 @@ def calibrated_log_p_value(
     location: Location = "free",
     replicates: int = 199,
     seed: int = 0,
+    weights: Floats | None = None,
 ) -> float:
     """Equation 11's p-value corrected for the null having been estimated, ln.
 
@@ -223,10 +230,28 @@ def calibrated_log_p_value(
         drawn = random.gamma(null.shape, null.scale, reciprocals.shape) + null.location
         # A location fitted below zero allows values that no reciprocal of a norm can have.
         drawn = np.maximum(drawn, floor)
-        drawn[missing] = np.nan
-        drawn_test = order_statistic_test(drawn, location=location, cleared=cleared)
+        if weights is None:
+            drawn[missing] = np.nan
+        else:
+            drawn = _as_selected(drawn, weights, random)
+        drawn_test = order_statistic_test(
+            drawn, location=location, weights=weights, cleared=cleared, candidates=2
+        )
         smaller += drawn_test.log_p_value <= detection.log_p_value
     return math.log((1 + smaller) / (1 + replicates))
+
+
+def _as_selected(drawn: Floats, weights: Floats, random: np.random.Generator) -> Floats:
+    """A drawn matrix of which, as of the real one, each target's largest and some random others are known."""
+    kept = np.full_like(drawn, np.nan)
+    for target, column in enumerate(drawn.T):
+        certain, sampled = weights[:, target] == 1, weights[:, target] > 1
+        others = np.delete(np.arange(len(column)), target)
+        largest = others[np.argsort(-column[others])][: int(certain.sum())]
+        rest = np.setdiff1d(others, largest)
+        kept[certain, target] = column[largest]
+        kept[sampled, target] = column[random.choice(rest, int(sampled.sum()), replace=False)]
+    return kept
 
 
 def find_targets(
@@ -251,7 +276,7 @@ def find_targets(
         detection = order_statistic_test(reciprocals, location=location, weights=weights, cleared=cleared)
         if not calibrate:
             return detection, detection.log_p_value
-        return detection, calibrated_log_p_value(detection, reciprocals, location)
+        return detection, calibrated_log_p_value(detection, reciprocals, location, weights=weights)
 
     overall, overall_log_p = detection, log_p = test(frozenset())
     found: list[ClassTest] = []

@@ -24,10 +24,20 @@ from untrojan.defenses.cleansing.order_statistics import (
     find_targets,
     order_statistic_test,
 )
+from untrojan.defenses.cleansing.pair_screening import ALL_PAIRS_UP_TO, screen
+from untrojan.defenses.cleansing.pattern_removal import remove, split_scales
 from untrojan.defenses.cleansing.report import CleansingReport
 from untrojan.inversion.additive import AdditivePattern
-from untrojan.inversion.engine import FAST, PAPER, Inversion, ProportionalStep, Schedule, all_pairs, invert
-from untrojan.models.classifier import Classifier, evaluating, to_float
+from untrojan.inversion.engine import (
+    FAST,
+    PAPER,
+    Inversion,
+    ProportionalStep,
+    Schedule,
+    all_pairs,
+    invert,
+)
+from untrojan.models.classifier import Classifier
 
 POLISH = Schedule(
     ProportionalStep(share=0.02, least=9e-5, memory=0.5),
@@ -77,9 +87,12 @@ class ReverseEngineering:
 
         Raises UntrojanError for fewer than three classes (no null can be fitted) or a class without images.
         """
-        inversion = self.estimate_patterns(train, model, all_pairs(train.num_classes), checkpoint)
+        pairs, weights = all_pairs(train.num_classes), None
+        if train.num_classes > ALL_PAIRS_UP_TO and self.schedule == "fast":
+            pairs, weights = screen(model, train, AdditivePattern(self.balance), self.seed)
+        inversion = self.estimate_patterns(train, model, pairs, checkpoint)
         reciprocals = reciprocals_of(inversion, train.num_classes)
-        return self.infer_and_cleanse(train, model, inversion, reciprocals)
+        return self.infer_and_cleanse(train, model, inversion, reciprocals, weights)
 
     def estimate_patterns(
         self, train: ImageSet, model: Classifier, pairs: Tensor, checkpoint: Path | None = None
@@ -93,19 +106,24 @@ class ReverseEngineering:
         )  # fmt: skip
 
     def infer_and_cleanse(
-        self, train: ImageSet, model: Classifier, inversion: Inversion, reciprocals: Floats
+        self,
+        train: ImageSet,
+        model: Classifier,
+        inversion: Inversion,
+        reciprocals: Floats,
+        weights: Floats | None = None,
     ) -> CleansingReport:
-        """Lines 9-22."""
+        """Lines 9-22. ``weights`` (K, K) come with pairs that :meth:`screen` chose."""
         evidence: dict[str, Any] = _evidence(inversion, reciprocals)
-        blind = _too_many_failures(reciprocals)
+        blind = _too_many_failures(reciprocals, len(inversion.pairs))
         if blind:
             return CleansingReport(
                 "undecided", _none(train), torch.zeros(len(train)), reason=blind, evidence=evidence
             )
         found, overall, log_p_value = find_targets(
-            reciprocals, self.significance, location=self.location, calibrate=self.calibrate
+            reciprocals, self.significance, location=self.location, weights=weights, calibrate=self.calibrate
         )
-        evidence |= self._statistics(reciprocals, overall, log_p_value)
+        evidence |= self._statistics(reciprocals, overall, log_p_value, weights)
         cleansed = self._cleanse(train, model, inversion, found)
         evidence |= cleansed.evidence
         return CleansingReport(
@@ -148,9 +166,11 @@ class ReverseEngineering:
         }
         return _Cleansed(tuple(kept), flagged, scores, evidence)
 
-    def _statistics(self, reciprocals: Floats, overall: Detection, log_p_value: float) -> dict[str, Any]:
+    def _statistics(
+        self, reciprocals: Floats, overall: Detection, log_p_value: float, weights: Floats | None
+    ) -> dict[str, Any]:
         other: Location = "zero" if self.location == "free" else "free"
-        alternative = order_statistic_test(reciprocals, location=other)
+        alternative = order_statistic_test(reciprocals, location=other, weights=weights)
         suspect = overall.suspect
         return {
             "p_value": float(np.exp(log_p_value)),
@@ -187,87 +207,17 @@ def reciprocals_of(inversion: Inversion, num_classes: int) -> Floats:
     return reciprocals
 
 
-@dataclass(frozen=True, eq=False)
-class Removal:
-    """What becomes of all images labelled ``target`` when a pattern is removed from them."""
-
-    rows: Tensor
-    """int64 (n,)."""
-    scales: Tensor
-    """float (n,): log2 of the smallest multiple of the pattern whose removal changes the prediction;
-    ``NEVER`` where none up to the largest does."""
-    readings: Tensor
-    """int64 (n,): the class predicted once that multiple is removed, the target where none changes it."""
-
-
-SMALLEST, LARGEST, NEVER = -2.0, 4.0, 5.0
-"""Multiples of the pattern that are tried, log2."""
-
-
-def remove(model: Classifier, train: ImageSet, target: int, pattern: Tensor, halvings: int = 7) -> Removal:
-    """Bisect, for every image labelled ``target``, how much of ``pattern`` (C, H, W) has to go."""
-    rows = train.indices_of(target)
-    images = train.images[rows]
-    low, high = torch.full((len(rows),), SMALLEST), torch.full((len(rows),), LARGEST)
-    never = _read_without(model, images, pattern, high) == target
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        unflipped = _read_without(model, images, pattern, middle) != target
-        high, low = torch.where(unflipped, middle, high), torch.where(unflipped, low, middle)
-    readings = _read_without(model, images, pattern, high)
-    readings[never] = target
-    return Removal(rows, high.masked_fill(never, NEVER), readings)
-
-
-@torch.no_grad()
-def _read_without(model: Classifier, images: Tensor, pattern: Tensor, scales: Tensor) -> Tensor:
-    """Predictions (n,) for images less 2**scales (n,) times the pattern."""
-    pattern, readings = pattern.to(model.device), []
-    with evaluating(model):
-        for batch, scale in zip(images.split(512), scales.split(512), strict=True):
-            amount = scale.exp2().to(model.device)[:, None, None, None] * pattern
-            readings.append(model((to_float(batch, model.device) - amount).clamp(0, 1)).argmax(1).cpu())
-    return torch.cat(readings)
-
-
-TWO_GROUPS = 0.8
-"""Share of the scales' variance that a split must explain before the scales count as two groups."""
-
-
-def split_scales(scales: Tensor) -> float:
-    """Where the scales (n,) fall into two groups, log2: the split with the least variance within (Otsu).
-
-    Between 0, equation 12's own threshold, and 1: twice the pattern as estimated. It is 0 where there is but
-    one group, as where the pattern is no smaller than what changes the prediction for many a clean image.
-    """
-    ordered = scales.double().sort().values
-    count = len(ordered)
-    if count < 2 or float(ordered[0]) == float(ordered[-1]):
-        return 0.0
-    lower = torch.arange(1, count)
-    sums = ordered.cumsum(0)
-    mean_below = sums[:-1] / lower
-    mean_above = (sums[-1] - sums[:-1]) / (count - lower)
-    between = lower * (count - lower) * (mean_above - mean_below) ** 2 / count**2
-    best = int(between.argmax())
-    if float(between[best] / ordered.var(correction=0)) < TWO_GROUPS:
-        return 0.0
-    return float(((ordered[best] + ordered[best + 1]) / 2).clamp(0, 1))
-
-
 def _none(train: ImageSet) -> Tensor:
     return torch.zeros(len(train), dtype=torch.bool)
 
 
-def _too_many_failures(reciprocals: Floats) -> str:
+def _too_many_failures(reciprocals: Floats, tried: int) -> str:
     """Why the reciprocals carry no verdict, or nothing where they do."""
-    num_classes = len(reciprocals)
-    possible = num_classes * (num_classes - 1)
     solved = int(np.isfinite(reciprocals).sum())
-    if num_classes < 3:
+    if len(reciprocals) < 3:
         return "a null distribution needs at least three classes"
-    if solved < possible / 2:
-        return f"only {solved} of {possible} class pairs reached the constraint: the model resists inversion"
+    if solved < tried / 2:
+        return f"only {solved} of {tried} class pairs reached the constraint: the model resists inversion"
     return ""
 
 

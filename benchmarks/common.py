@@ -1,0 +1,38 @@
+"""Ratios of two ways to do the same work: taken in turns in one run, so that a busy machine slows both."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from untrojan.runs import hardware, versions
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each way over ``rounds``, after one unmeasured turn each."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(name: str, seconds: dict[str, float], slow: str, fast: str, wanted: float) -> None:
+    """Print the ratio and write it to ``results/benchmarks/NAME.json``."""
+    ratio = seconds[slow] / seconds[fast]
+    print(f"{name}: {fast} is {ratio:.2f} times as fast as {slow} (at least {wanted:g} wanted)")
+    print("  " + ", ".join(f"{way} {value:.3f} s" for way, value in seconds.items()))
+    found = {
+        "name": name, "ratio": round(ratio, 3), "wanted": wanted, "seconds": seconds,
+        "hardware": hardware(), "versions": versions(),
+    }  # fmt: skip
+    place = Path(__file__).parent.parent / "results" / "benchmarks" / f"{name}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
