@@ -124,7 +124,7 @@ def climbing_zip(place: Path) -> Path:
 
 def absolute_zip(place: Path) -> Path:
     with zipfile.ZipFile(place, "w") as archive:
-        archive.writestr("/tmp/evil.png", png())
+        archive.writestr("/evil.png", png())
     return place
 
 
