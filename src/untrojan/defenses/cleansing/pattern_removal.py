@@ -27,6 +27,8 @@ class Removal:
     ``NEVER`` where none up to the largest does."""
     readings: Tensor
     """int64 (n,): the class predicted once that multiple is removed, the target where none changes it."""
+    as_given: Tensor
+    """int64 (n,): the class predicted with nothing removed."""
 
 
 SMALLEST, LARGEST, NEVER = -2.0, 4.0, 5.0
@@ -38,6 +40,7 @@ def remove(model: Classifier, train: ImageSet, target: int, pattern: Tensor, hal
     rows = train.indices_of(target)
     images = train.images[rows]
     low, high = torch.full((len(rows),), SMALLEST), torch.full((len(rows),), LARGEST)
+    as_given = _read_without(model, images, torch.zeros_like(pattern), low)
     never = _read_without(model, images, pattern, high) == target
     for _ in range(halvings):
         middle = (low + high) / 2
@@ -45,7 +48,7 @@ def remove(model: Classifier, train: ImageSet, target: int, pattern: Tensor, hal
         high, low = torch.where(unflipped, middle, high), torch.where(unflipped, low, middle)
     readings = _read_without(model, images, pattern, high)
     readings[never] = target
-    return Removal(rows, high.masked_fill(never, NEVER), readings)
+    return Removal(rows, high.masked_fill(never, NEVER), readings, as_given)
 
 
 @torch.no_grad()

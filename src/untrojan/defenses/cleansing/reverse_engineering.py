@@ -147,7 +147,10 @@ class ReverseEngineering:
         for test in found:
             pattern = self._polish(train, model, inversion, test)
             removal = remove(model, train, test.target, pattern)
-            threshold = split_scales(removal.scales) if self.cleansing == "split" else 0.0
+            # Images that the model reads otherwise as they are say nothing of the pattern.
+            read_as_labelled = removal.as_given == test.target
+            split = self.cleansing == "split"
+            threshold = split_scales(removal.scales[read_as_labelled]) if split else 0.0
             unflipped = removal.scales <= threshold
             if kept and float(unflipped.float().mean()) > 0.5:
                 # Poison is a minority. What unflips most of a class after a first attack was found is that
