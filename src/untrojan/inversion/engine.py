@@ -119,7 +119,7 @@ class Schedule:
     """A pair that has not met its constraint by then is reported as failed, never as a small norm."""
     stall_steps: int = 200
     """Steps without a better flip fraction after which the step length doubles."""
-    images_a_forward: int = 1024
+    images_a_forward: int = 512
 
 
 PAPER = Schedule(RawGradient(1e-4), images_a_side=256)
