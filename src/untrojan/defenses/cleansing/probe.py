@@ -6,8 +6,8 @@ The auditor cannot ask the attacker for a test, but can plant canaries of its ow
 over the whole image and one of a few pixels, stamped on a few images of all classes that are labelled with
 an extra class. A twin of the probe, trained on that set by the same recipe, tells whether the recipe learns
 such patterns. If it does not, the probe would not have learned a backdoor of that strength either, and its
-"clean" is worth nothing. The probe itself never meets a canary: a net that has learned one reacts to
-patterns of no importance, and cleansing through it flags clean images by the hundred.
+"clean" is worth nothing. The probe itself never meets a canary, so that no estimate made through it depends
+on what the auditor planted.
 """
 
 from __future__ import annotations
