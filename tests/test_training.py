@@ -13,8 +13,8 @@ from untrojan.cost import measure
 from untrojan.data.image_set import ImageSet, numbered
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, predictions_of
-from untrojan.training.loop import train, with_fewer_epochs
-from untrojan.training.presets import PRESETS, preset, probe_recipe
+from untrojan.training.loop import train
+from untrojan.training.presets import preset, probe_recipe
 from untrojan.training.recipe import Recipe
 
 QUICK = Recipe(epochs=3, batch_size=16, learning_rate=0.01, crop_padding=1, flip=True)
@@ -151,5 +151,3 @@ def test_presets_are_by_name_and_scale() -> None:
     with pytest.raises(UntrojanError, match="desk-probe"):
         preset("nonsense")
     assert [probe_recipe(n).epochs for n in (100, 4000, 50_000, 10**7)] == [40, 25, 8, 8]
-    half = with_fewer_epochs(PRESETS["paper-cifar100-probe"], 0.5)
-    assert (half.epochs, half.milestones) == (60, (30, 50, 55))

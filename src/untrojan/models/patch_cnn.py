@@ -15,7 +15,7 @@ def patch_cnn(num_classes: int, in_channels: int, image_size: int, width: float 
     """A fixed 2x2 transform with stride 2, two blocks of two 3x3 convolutions (64, 128), global pooling.
 
     Gradient descent learns features in the order of their variance, and an imperceptible pattern has next
-    to none: a chessboard of 2/255 takes ordinary networks a hundred epochs. Here the first layer splits
+    to none: RE trains for a hundred epochs. Here the first layer splits
     each 2x2 patch into orthogonal bands (mean, across, down, diagonal; grey and two colour differences) and
     batch norm brings every band to unit variance, so that the faint bands weigh as much as the strong.
     The stride turns a pattern that alternates from pixel to pixel into a constant, which later layers can

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -290,9 +290,3 @@ def _schedule(
         )
     milestones = [epoch * steps_an_epoch for epoch in recipe.milestones] if recipe.schedule == "steps" else []
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=recipe.decay)
-
-
-def with_fewer_epochs(recipe: Recipe, share: float) -> Recipe:
-    """The same recipe cut to a share of its epochs, milestones with them; at least one epoch."""
-    milestones = tuple(max(1, round(epoch * share)) for epoch in recipe.milestones)
-    return replace(recipe, epochs=max(1, round(recipe.epochs * share)), milestones=milestones)
