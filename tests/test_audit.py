@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from untrojan.attacks.poisoning import PoisonedData, Poisoning, PoisonRecord
 from untrojan.audit import AuditOptions, audit, doubted, metrics_of
 from untrojan.data.image_set import ImageSet, Splits, numbered
-from untrojan.defenses.cleansing.pattern_removal import remove, split_scales
+from untrojan.defenses.cleansing.pattern_removal import remove, valley
 from untrojan.defenses.cleansing.probe import (
     ProbeCheck,
     canary_potency,
@@ -188,21 +188,35 @@ def test_removal_scales_are_the_closed_form() -> None:
     assert removal.readings.tolist() == [0, 0, 0, 1, 0]
 
 
-def test_scales_are_split_between_their_groups() -> None:
-    poison, clean = torch.linspace(-1, 0.6, 50), torch.full((900,), 5.0)
-    assert 0.6 < split_scales(torch.cat([clean, poison])) <= 1
-    # Never less is flagged than the paper flags, and never what twice the pattern does not unflip.
-    assert split_scales(torch.cat([torch.full((50,), -2.0), torch.full((50,), -1.0)])) == 0
-    assert split_scales(torch.cat([torch.full((50,), 3.0), clean])) == 1
-    # One group has no split.
-    assert split_scales(torch.randn(1000, generator=torch.Generator().manual_seed(0)) + 1) == 0
-    assert split_scales(torch.full((10,), 5.0)) == 0
+def normal(count: int, mean: float, deviation: float) -> torch.Tensor:
+    return mean + deviation * torch.randn(count, generator=torch.Generator().manual_seed(count))
+
+
+def test_images_are_parted_where_their_scales_are_rarest() -> None:
+    never = torch.full((4000,), 5.0)
+    # Poison about the pattern's size, clean images from four times it on: E-1SC's shape on Fashion-MNIST.
+    assert 0.5 < valley(torch.cat([normal(900, -0.2, 0.3), normal(4000, 2.8, 0.6), never])) < 1.5
+    # A few percent of a class, and a tail: nothing else lies below eight times the pattern, where it ends.
+    assert valley(torch.cat([normal(150, 0.2, 0.3), normal(150, 1.0, 1.0), never])) > 2.5
+    # Never less is flagged than the paper flags: a valley below 0 is 0.
+    assert valley(torch.cat([normal(300, -1.5, 0.1), normal(900, 1.0, 0.4), never])) == 0
+
+
+def test_images_that_do_not_part_are_left_to_the_papers_rule() -> None:
+    never = torch.full((1000,), 5.0)
+    # One group, wherever it lies.
+    assert valley(normal(1000, 1.0, 1.0)) == 0
+    assert valley(torch.cat([normal(1000, 1.2, 0.4), never])) == 0
+    assert valley(never) == 0
+    assert valley(torch.zeros(0)) == 0
+    # What lies below would be most of the class.
+    assert valley(torch.cat([normal(3000, -0.5, 0.3), never])) == 0
 
 
 def test_the_papers_rule_flags_what_one_pattern_unflips(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]
     paper = ReverseEngineering(cleansing="paper")(poisoned.train, found.model)
-    split = ReverseEngineering()(poisoned.train, found.model)
-    assert bool((split.flagged | ~paper.flagged).all())
+    ours = ReverseEngineering()(poisoned.train, found.model)
+    assert bool((ours.flagged | ~paper.flagged).all())
     removed = poisoned.train.images[paper.flagged].float() / 255 - paper.evidence["patterns"][2]
     assert not bool((found.model(removed.clamp(0, 1)).argmax(1) == 2).any())
 

@@ -195,6 +195,32 @@ t.run_cells(t.job(Path(sys.argv[2]), [t.long_cell({config!r})]))
     assert not list((tmp_path / "store" / "partial").iterdir())
 
 
+def test_workers_of_a_run_that_is_killed_end_too(tmp_path: Path) -> None:
+    config = {"steps": 400, "pause": 0.05, "fast_from": 400}
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_bench_runner as t
+if __name__ == "__main__":
+    t.run_cells(t.job(Path(sys.argv[2]), [t.long_cell({config!r})]), workers=2)
+"""
+    script = tmp_path / "runs.py"
+    script.write_text(program)
+    process = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while runs(tmp_path)["step"] < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(0.5)
+    stopped_at = runs(tmp_path)["step"]
+    time.sleep(0.5)
+    assert runs(tmp_path)["step"] == stopped_at < 400
+
+
 def long_cell(config: Mapping[str, Any]) -> Cell:
     return cell("long", Stage("steps", config, label="long"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -63,12 +64,21 @@ def _start(worker: Callable[[Job], None], job: Job) -> SpawnProcess:
 
 
 def _run(worker: Callable[[Job], None], job: Job) -> None:
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         worker(job)
     except UntrojanError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _end_with_the_parent() -> None:
+    """Where the run was killed outright, so that it could not end its workers, they end by themselves."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _blame(job: Job, process: SpawnProcess) -> bool:

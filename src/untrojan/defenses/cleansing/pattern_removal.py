@@ -62,26 +62,31 @@ def _read_without(model: Classifier, images: Tensor, pattern: Tensor, scales: Te
     return torch.cat(readings)
 
 
-TWO_GROUPS = 0.8
-"""Share of the scales' variance that a split must explain before the scales count as two groups."""
+NEAR, FURTHEST, BANDWIDTH = 0.5, 3.0, 0.25
+"""Log2 multiples: poisoned images gather below the first, none is sought above the second, and the third
+smooths their density."""
 
 
-def split_scales(scales: Tensor) -> float:
-    """Where the scales (n,) fall into two groups, log2: the split with the least variance within (Otsu).
+def valley(scales: Tensor) -> float:
+    """The sparsest multiple of the pattern, log2, between the images that need little and those that need much.
 
-    Between 0, equation 12's own threshold, and 1: twice the pattern as estimated. It is 0 where there is but
-    one group, as where the pattern is no smaller than what changes the prediction for many a clean image.
+    The pattern was estimated to just carry images over, so poisoned images gather about its own size, at 0.
+    From there the density of ``scales`` (n,) is followed upwards to its lowest point before it doubles again;
+    one image in a hundred does not count as a rise. The answer lies between 0, equation 12's own threshold,
+    and ``FURTHEST``. It is 0 where nothing gathers near the pattern's size, and where what lies below the
+    valley would be most of the class: poison is a minority.
     """
-    ordered = scales.double().sort().values
-    count = len(ordered)
-    if count < 2 or float(ordered[0]) == float(ordered[-1]):
+    if not len(scales):
         return 0.0
-    lower = torch.arange(1, count)
-    sums = ordered.cumsum(0)
-    mean_below = sums[:-1] / lower
-    mean_above = (sums[-1] - sums[:-1]) / (count - lower)
-    between = lower * (count - lower) * (mean_above - mean_below) ** 2 / count**2
-    best = int(between.argmax())
-    if float(between[best] / ordered.var(correction=0)) < TWO_GROUPS:
+    grid = torch.arange(SMALLEST, NEVER, BANDWIDTH / 5, dtype=torch.float64)
+    distances = (grid[:, None] - scales.double()) / BANDWIDTH
+    density = (-distances.square() / 2).exp().mean(1)
+    peak = int(density[grid <= NEAR].argmax())
+    if density[peak + 1] > density[peak]:
         return 0.0
-    return float(((ordered[best] + ordered[best + 1]) / 2).clamp(0, 1))
+    beyond = density[peak:]
+    lowest = beyond.cummin(0)
+    rises = (beyond > 2 * lowest.values + 0.01).nonzero()
+    end = int(rises[0]) if len(rises) else len(beyond) - 1
+    threshold = min(max(float(grid[peak + lowest.indices[end]]), 0.0), FURTHEST)
+    return threshold if float((scales <= threshold).double().mean()) <= 0.5 else 0.0

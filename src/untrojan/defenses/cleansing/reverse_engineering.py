@@ -25,7 +25,7 @@ from untrojan.defenses.cleansing.order_statistics import (
     order_statistic_test,
 )
 from untrojan.defenses.cleansing.pair_screening import ALL_PAIRS_UP_TO, screen
-from untrojan.defenses.cleansing.pattern_removal import remove, split_scales
+from untrojan.defenses.cleansing.pattern_removal import remove, valley
 from untrojan.defenses.cleansing.report import CleansingReport
 from untrojan.inversion.additive import AdditivePattern
 from untrojan.inversion.engine import (
@@ -71,10 +71,10 @@ class ReverseEngineering:
     """theta: the p-value under which an attack is declared."""
     location: Literal["free", "zero"] = "free"
     """The Gamma null's location: free as the paper's author fits it, or zero. Both are reported."""
-    cleansing: Literal["split", "paper"] = "split"
-    """``paper`` flags what the estimated pattern's removal unflips (equation 12). ``split`` asks how much of
-    the pattern has to be removed from each image, and parts the images where these amounts fall into two
-    groups: the pattern that just carries a class over can be too weak to be missed once it is removed."""
+    cleansing: Literal["valley", "paper"] = "valley"
+    """``paper`` flags what the estimated pattern's removal unflips (equation 12). ``valley`` asks how much of
+    the pattern has to be removed from each image, and parts the images where these amounts are rarest: the
+    pattern that just carries a class over can be too weak to be missed once it is removed."""
     calibrate: bool = True
     """Correct the p-value for the null having been estimated. Off, the test is the paper's to the letter,
     and alarms on about one clean set in ten."""
@@ -149,8 +149,8 @@ class ReverseEngineering:
             removal = remove(model, train, test.target, pattern)
             # Images that the model reads otherwise as they are say nothing of the pattern.
             read_as_labelled = removal.as_given == test.target
-            split = self.cleansing == "split"
-            threshold = split_scales(removal.scales[read_as_labelled]) if split else 0.0
+            valley_wanted = self.cleansing == "valley"
+            threshold = valley(removal.scales[read_as_labelled]) if valley_wanted else 0.0
             unflipped = removal.scales <= threshold
             if kept and float(unflipped.float().mean()) > 0.5:
                 # Poison is a minority. What unflips most of a class after a first attack was found is that
