@@ -68,7 +68,7 @@ smooths their density."""
 
 
 def valley(scales: Tensor) -> float:
-    """The sparsest multiple of the pattern, log2, between the images that need little and those that need much.
+    """Log2 of the sparsest multiple of the pattern between images that need little and images that need much.
 
     The pattern was estimated to just carry images over, so poisoned images gather about its own size, at 0.
     From there the density of ``scales`` (n,) is followed upwards to its lowest point before it doubles again;
