@@ -108,17 +108,17 @@ def test_interrupted_search_resumes_to_the_same_result(
     whole = invert(model, data, all_pairs(3), AdditivePattern(), FAST)
     calls = 0
 
-    def interrupt(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 30:
-            raise KeyboardInterrupt
+    class Interrupted(AdditivePattern):
+        def views(self, parameters: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 10:
+                raise KeyboardInterrupt
+            return super().views(parameters, sources, targets)
 
-    handle = model.register_forward_pre_hook(interrupt)
     checkpoint = tmp_path / "search.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        invert(model, data, all_pairs(3), AdditivePattern(), FAST, checkpoint=checkpoint)
-    handle.remove()
+        invert(model, data, all_pairs(3), Interrupted(), FAST, checkpoint=checkpoint)
     assert checkpoint.exists()
     resumed = invert(model, data, all_pairs(3), AdditivePattern(), FAST, checkpoint=checkpoint)
     assert torch.equal(resumed.parameters, whole.parameters)

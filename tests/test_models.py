@@ -14,6 +14,7 @@ from untrojan.data.image_set import ImageSet, numbered
 from untrojan.errors import UntrojanError
 from untrojan.models import registry
 from untrojan.models.classifier import Classifier, Float32Conv2d, keep_stem_in_float32, logits_of
+from untrojan.models.frozen import frozen
 from untrojan.models.taps import _trace, tapped
 
 
@@ -105,6 +106,90 @@ def test_a_faint_pattern_survives_the_stem_under_mixed_precision(name: str) -> N
     exact = stem_difference("float32")
     assert exact.abs().max() > 0
     assert torch.equal(stem_difference("bfloat16"), exact)
+
+
+def with_statistics(model: Classifier) -> Classifier:
+    """As if trained: batch norms that do something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    return model
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_frozen_copy_computes_the_same(name: str) -> None:
+    model = with_statistics(small(name)).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = torch.rand(4, 3, 32, 32, requires_grad=True)
+    copied = frozen(model)
+    ours, theirs = copied(images), model(images)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    weights = torch.randn(ours.shape)
+    gradient, wanted = (torch.autograd.grad((each * weights).sum(), images)[0] for each in (ours, theirs))
+    assert float((gradient - wanted).norm()) < 0.01 * float(wanted.norm())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters() if parameter.ndim > 1) or (
+        name == "patch-cnn"
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet", "vgg11"])
+def test_a_frozen_copy_has_no_batch_norm_after_a_convolution(name: str) -> None:
+    def norms(model: Classifier) -> int:
+        return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+    model = small(name)
+    # DenseNet's stand before the convolutions, but for the one inside each bottleneck.
+    assert norms(frozen(model)) <= (norms(model) // 2 + 2 if name == "densenet" else 0)
+
+
+class Branching(nn.Module):
+    """Looks at its input, so that it cannot be traced; one batch norm serves two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        convolution = self.one if float(images.mean()) > 0 else self.two
+        logits: Tensor = self.linear(self.norm(convolution(images)).mean((2, 3)))
+        return logits
+
+
+class Shared(Branching):
+    """The same layers twice, and a sum of what stands before and after the batch norm."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second = self.one(images), self.two(images)
+        features = self.norm(first) + first + self.norm(second) + self.norm(self.one(images + 1))
+        logits: Tensor = self.linear(features.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("network", [Branching, Shared])
+def test_a_frozen_copy_of_a_users_network_computes_the_same(network: type[nn.Module]) -> None:
+    model = Classifier(network(), 7, torch.zeros(3), torch.ones(3)).eval()
+    with_statistics(model)
+    images = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(frozen(model)(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["resnet18-compact", "preact-resnet18", "densenet"])
+def test_no_residual_stream_stays_in_float32_under_mixed_precision(name: str) -> None:
+    model = small(name, precision="bfloat16")
+    kinds: dict[str, torch.dtype] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda _, inputs, output, path=path: kinds.update({path: inputs[0].dtype})
+            )
+    model(torch.rand(2, 3, 32, 32))
+    second_stage = [kind for path, kind in kinds.items() if "layer2" in path or "denseblock2" in path]
+    assert second_stage
+    assert set(second_stage) == {torch.bfloat16}
 
 
 def test_initialisation_depends_on_the_seed_alone() -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
 from untrojan.errors import UntrojanError
-from untrojan.models.classifier import Classifier, evaluating, to_float
+from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.frozen import frozen
 from untrojan.progress import task
 from untrojan.seeding import generator
 
@@ -177,9 +178,9 @@ def invert(
     """
     pools = ClassPools(data, seed)
     _check(model, data, pools, pairs)
-    state = _Search(model, pools, pairs, problem, schedule, start)
+    state = _Search(frozen(model), pools, pairs, problem, schedule, start)
     state.restore(checkpoint)
-    with evaluating(model), task(description, len(pairs), "pairs", done=int(state.finished.sum())) as bar:
+    with task(description, len(pairs), "pairs", done=int(state.finished.sum())) as bar:
         last_saved = time.monotonic()
         while not state.finished.all():
             for active in state.chunks():

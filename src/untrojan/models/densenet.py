@@ -53,7 +53,7 @@ class DenseLayer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         new = self.conv1(self.relu1(self.norm1(features)))
         new = self.conv2(self.relu2(self.norm2(new)))
-        return torch.cat([features, new.to(features.dtype)], 1)
+        return torch.cat([features.to(new.dtype), new], 1)
 
 
 def _transition(in_channels: int, filters: int) -> nn.Sequential:

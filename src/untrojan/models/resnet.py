@@ -102,7 +102,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(features)))))
-        out: Tensor = self.relu2(residual + self.shortcut(features))
+        # The stem's float32 would otherwise spread through the identities to a whole stage.
+        out: Tensor = self.relu2(residual + self.shortcut(features).to(residual.dtype))
         return out
 
 
@@ -124,7 +125,8 @@ class PreActBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         activated = self.relu1(self.bn1(features))
         shortcut = self.shortcut(activated) if self.projects else features
-        out: Tensor = self.conv2(self.relu2(self.bn2(self.conv1(activated)))) + shortcut
+        residual = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
+        out: Tensor = residual + shortcut.to(residual.dtype)
         return out
 
 

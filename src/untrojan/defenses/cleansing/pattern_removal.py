@@ -1,8 +1,9 @@
-"""How much of an estimated pattern has to be removed from an image before the model changes its mind.
+"""What becomes of a class's images when an estimated pattern is removed from them, and which of them had it.
 
-RE flags the images that change with the pattern removed once (Xiang, Miller & Kesidis, equation 12). The
-pattern that just carries a class over may be too weak for that: a poisoned image less half the trigger still
-carries half of it. How much has to go tells poisoned images from clean ones whatever the pattern's strength.
+RE flags the images that the model reads otherwise once the pattern is removed (Xiang, Miller & Kesidis,
+equation 12). Whether an image crosses over depends on how near to the border it was, poisoned or not. How
+far it moves does not: an image that carries the pattern moves as far back as the pattern moves images of the
+source class forth, and an image without it hardly moves.
 """
 
 from __future__ import annotations
@@ -13,80 +14,85 @@ import torch
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
-from untrojan.models.classifier import Classifier, evaluating, to_float
+from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.frozen import frozen
 
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """What becomes of all images labelled ``target`` when a pattern is removed from them."""
+    """All images labelled with the target class, less the pattern."""
 
     rows: Tensor
     """int64 (n,)."""
-    scales: Tensor
-    """float (n,): log2 of the smallest multiple of the pattern whose removal changes the prediction;
-    ``NEVER`` where none up to the largest does."""
-    readings: Tensor
-    """int64 (n,): the class predicted once that multiple is removed, the target where none changes it."""
-    as_given: Tensor
-    """int64 (n,): the class predicted with nothing removed."""
+    unflipped: Tensor
+    """bool (n,): the prediction is another class without the pattern (equation 12)."""
+    rivals: Tensor
+    """int64 (n,): that class, or where the target is still predicted, the class next to it."""
+    drops: Tensor
+    """float (n,): by how much removing the pattern lowers the target's margin, the target's logit less the
+    largest other."""
+    gains: Tensor
+    """float (m,): by how much adding it to images labelled with the source class raises that margin."""
 
 
-SMALLEST, LARGEST, NEVER = -2.0, 4.0, 5.0
-"""Multiples of the pattern that are tried, log2."""
-
-
-def remove(model: Classifier, train: ImageSet, target: int, pattern: Tensor, halvings: int = 7) -> Removal:
-    """Bisect, for every image labelled ``target``, how much of ``pattern`` (C, H, W) has to go."""
+def remove(model: Classifier, train: ImageSet, source: int, target: int, pattern: Tensor) -> Removal:
+    """Remove ``pattern`` (C, H, W), found for this pair of classes, from all images labelled ``target``."""
+    fast = frozen(model)
     rows = train.indices_of(target)
-    images = train.images[rows]
-    low, high = torch.full((len(rows),), SMALLEST), torch.full((len(rows),), LARGEST)
-    as_given = _read_without(model, images, torch.zeros_like(pattern), low)
-    never = _read_without(model, images, pattern, high) == target
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        unflipped = _read_without(model, images, pattern, middle) != target
-        high, low = torch.where(unflipped, middle, high), torch.where(unflipped, low, middle)
-    readings = _read_without(model, images, pattern, high)
-    readings[never] = target
-    return Removal(rows, high.masked_fill(never, NEVER), readings, as_given)
+    images, others = train.images[rows], train.images[train.indices_of(source)]
+    nothing = torch.zeros_like(pattern)
+    before, _ = _margins(fast, images, nothing, target)
+    after, rivals = _margins(fast, images, -pattern, target)
+    without, _ = _margins(fast, others, nothing, target)
+    with_pattern, _ = _margins(fast, others, pattern, target)
+    return Removal(rows, after < 0, rivals, before - after, with_pattern - without)
 
 
 @torch.no_grad()
-def _read_without(model: Classifier, images: Tensor, pattern: Tensor, scales: Tensor) -> Tensor:
-    """Predictions (n,) for images less 2**scales (n,) times the pattern."""
-    pattern, readings = pattern.to(model.device), []
-    with evaluating(model):
-        for batch, scale in zip(images.split(512), scales.split(512), strict=True):
-            amount = scale.exp2().to(model.device)[:, None, None, None] * pattern
-            readings.append(model((to_float(batch, model.device) - amount).clamp(0, 1)).argmax(1).cpu())
-    return torch.cat(readings)
+def _margins(model: Classifier, images: Tensor, pattern: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """Margins of ``target`` and the strongest other classes, (n,) each, with ``pattern`` added."""
+    pattern, margins, rivals = pattern.to(model.device), [], []
+    for batch in images.split(512):
+        logits = model((to_float(batch, model.device) + pattern).clamp(0, 1)).cpu()
+        own = logits[:, target].clone()
+        logits[:, target] = float("-inf")
+        strongest = logits.max(1)
+        margins.append(own - strongest.values)
+        rivals.append(strongest.indices)
+    return torch.cat(margins), torch.cat(rivals)
 
 
-NEAR, FURTHEST, BANDWIDTH = 0.5, 3.0, 0.25
-"""Log2 multiples: poisoned images gather below the first, none is sought above the second, and the third
-smooths their density."""
+@dataclass(frozen=True)
+class Threshold:
+    """A drop of ``at`` is as many deviations from clean images' as from carriers'."""
+
+    at: float
+    spread: float
+    """The harmonic sum of the two deviations: the scale on which one kind passes into the other."""
 
 
-def valley(scales: Tensor) -> float:
-    """Log2 of the sparsest multiple of the pattern between images that need little and images that need much.
+def threshold_between(drops: Tensor, gains: Tensor) -> Threshold:
+    """Where drops (n,) pass from clean images' to those that ``gains`` (m,) lead to expect of poisoned ones.
 
-    The pattern was estimated to just carry images over, so poisoned images gather about its own size, at 0.
-    From there the density of ``scales`` (n,) is followed upwards to its lowest point before it doubles again;
-    one image in a hundred does not count as a rise. The answer lies between 0, equation 12's own threshold,
-    and ``FURTHEST``. It is 0 where nothing gathers near the pattern's size, and where what lies below the
-    valley would be most of the class: poison is a minority.
+    Median and median absolute deviation describe either kind. Clean images are those below the threshold
+    itself, found by repetition from half the median gain on: without the pattern there is little to lose.
+    So nothing is assumed of how many images of the class are poisoned.
     """
-    if not len(scales):
-        return 0.0
-    grid = torch.arange(SMALLEST, NEVER, BANDWIDTH / 5, dtype=torch.float64)
-    distances = (grid[:, None] - scales.double()) / BANDWIDTH
-    density = (-distances.square() / 2).exp().mean(1)
-    peak = int(density[grid <= NEAR].argmax())
-    if density[peak + 1] > density[peak]:
-        return 0.0
-    beyond = density[peak:]
-    lowest = beyond.cummin(0)
-    rises = (beyond > 2 * lowest.values + 0.01).nonzero()
-    end = int(rises[0]) if len(rises) else len(beyond) - 1
-    threshold = min(max(float(grid[peak + lowest.indices[end]]), 0.0), FURTHEST)
-    return threshold if float((scales <= threshold).double().mean()) <= 0.5 else 0.0
+    expected, expected_deviation = _centre(gains)
+    at, spread = expected / 2, 0.0
+    for _ in range(50):
+        centre, deviation = _centre(drops[drops < at])
+        total = max(deviation + expected_deviation, 1e-12)
+        before, spread = at, deviation * expected_deviation / total
+        at = centre + (expected - centre) * (deviation / total if spread else 0.5)
+        if abs(at - before) < 1e-6:
+            break
+    return Threshold(at, spread)
+
+
+def _centre(values: Tensor) -> tuple[float, float]:
+    """Median, and the deviation of a normal distribution of the same median absolute deviation."""
+    if not len(values):
+        return 0.0, 0.0
+    median = values.double().median()
+    return float(median), 1.4826 * float((values.double() - median).abs().median())

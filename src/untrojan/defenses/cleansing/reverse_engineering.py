@@ -25,7 +25,7 @@ from untrojan.defenses.cleansing.order_statistics import (
     order_statistic_test,
 )
 from untrojan.defenses.cleansing.pair_screening import ALL_PAIRS_UP_TO, screen
-from untrojan.defenses.cleansing.pattern_removal import remove, valley
+from untrojan.defenses.cleansing.pattern_removal import remove, threshold_between
 from untrojan.defenses.cleansing.report import CleansingReport
 from untrojan.inversion.additive import AdditivePattern
 from untrojan.inversion.engine import (
@@ -71,10 +71,11 @@ class ReverseEngineering:
     """theta: the p-value under which an attack is declared."""
     location: Literal["free", "zero"] = "free"
     """The Gamma null's location: free as the paper's author fits it, or zero. Both are reported."""
-    cleansing: Literal["valley", "paper"] = "valley"
-    """``paper`` flags what the estimated pattern's removal unflips (equation 12). ``valley`` asks how much of
-    the pattern has to be removed from each image, and parts the images where these amounts are rarest: the
-    pattern that just carries a class over can be too weak to be missed once it is removed."""
+    cleansing: Literal["shift", "paper"] = "shift"
+    """``paper`` flags what the estimated pattern's removal unflips (equation 12). ``shift`` flags what the
+    removal moves back about as far as the pattern moves the source class forth: images near the border unflip
+    whether they carry the pattern or not, and a pattern that just carries a class over is too weak to unflip
+    all that do."""
     calibrate: bool = True
     """Correct the p-value for the null having been estimated. Off, the test is the paper's to the letter,
     and alarms on about one clean set in ten."""
@@ -146,25 +147,22 @@ class ReverseEngineering:
         thresholds: dict[int, float] = {}
         for test in found:
             pattern = self._polish(train, model, inversion, test)
-            removal = remove(model, train, test.target, pattern)
-            # Images that the model reads otherwise as they are say nothing of the pattern.
-            read_as_labelled = removal.as_given == test.target
-            valley_wanted = self.cleansing == "valley"
-            threshold = valley(removal.scales[read_as_labelled]) if valley_wanted else 0.0
-            unflipped = removal.scales <= threshold
-            if kept and float(unflipped.float().mean()) > 0.5:
+            removal = remove(model, train, test.source, test.target, pattern)
+            if kept and float(removal.unflipped.float().mean()) > 0.5:
                 # Poison is a minority. What unflips most of a class after a first attack was found is that
                 # attack seen from behind: removing minus its pattern adds it.
                 continue
             kept.append(test)
-            flagged[removal.rows] = unflipped
-            scores[removal.rows] = 1 / (1 + (removal.scales - threshold).exp2())
-            readings[removal.rows] = torch.where(unflipped, removal.readings, test.target)
-            patterns[test.target], thresholds[test.target] = pattern, threshold
+            threshold = threshold_between(removal.drops, removal.gains)
+            carries = removal.drops > threshold.at if self.cleansing == "shift" else removal.unflipped
+            flagged[removal.rows] = carries
+            scores[removal.rows] = ((removal.drops - threshold.at) / max(threshold.spread, 1e-6)).sigmoid()
+            readings[removal.rows] = torch.where(carries, removal.rivals, test.target)
+            patterns[test.target], thresholds[test.target] = pattern, threshold.at
         evidence = {
             "patterns": patterns,
             "readings": readings,
-            "removal_log2_thresholds": thresholds,
+            "removal_thresholds": thresholds,
             "dismissed_targets": [test.target for test in found if test not in kept],
         }
         return _Cleansed(tuple(kept), flagged, scores, evidence)
