@@ -48,6 +48,9 @@ POLISH = Schedule(
 )
 """The pattern that cleanses is estimated once more with small steps and confirmed on every source image:
 a coarse pattern detects as well, but flags more clean images."""
+FLIPPING_ALONE = 30.0
+"""RE's lambda for that. Unflipping the target's images, most of which are clean, teaches the pattern to move
+clean images: good for the statistics, which compare class pairs, but not for telling the images apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +194,7 @@ class ReverseEngineering:
             return inversion.parameters[row]
         schedule = replace(POLISH, flip_fraction=self.flip_fraction)
         refined = invert(
-            model, train, inversion.pairs[row : row + 1], AdditivePattern(self.balance), schedule,
+            model, train, inversion.pairs[row : row + 1], AdditivePattern(FLIPPING_ALONE), schedule,
             seed=self.seed, description="refining the pattern",
         )  # fmt: skip
         return refined.parameters[0] if refined.solved[0] else inversion.parameters[row]
