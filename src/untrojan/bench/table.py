@@ -345,11 +345,12 @@ def _as_csv(plan: Plan, cells: Sequence[Cell], outcomes: Sequence[Outcome]) -> s
 
 def _entry(figure: Figure, kind: str) -> str:
     published = "" if figure.published is None else f" [{figure.published:g}]"
+    if kind == "yes" and published:
+        published = " [yes]" if figure.published else " [no]"
     if figure.mean is None:
         return f"-{published}"
     if kind == "yes":
         text = f"{round(figure.mean * figure.count)} of {figure.count}"
-        published = published and (" [yes]" if figure.published else " [no]")
     else:
         text = _spell(figure.mean, kind, unit=False)
         if figure.spread is not None:

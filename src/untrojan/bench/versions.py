@@ -13,7 +13,7 @@ VERSIONS: Mapping[str, int] = {
     "poison": 1,
     "train": 1,
     "evaluate": 1,
-    "audit": 6,
+    "audit": 7,
     "score": 1,
     "retrain": 1,
 }

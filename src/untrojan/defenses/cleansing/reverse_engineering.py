@@ -25,7 +25,7 @@ from untrojan.defenses.cleansing.order_statistics import (
     order_statistic_test,
 )
 from untrojan.defenses.cleansing.pair_screening import ALL_PAIRS_UP_TO, screen
-from untrojan.defenses.cleansing.pattern_removal import remove, threshold_between
+from untrojan.defenses.cleansing.pattern_removal import Removal, Threshold, remove, threshold_between
 from untrojan.defenses.cleansing.report import CleansingReport
 from untrojan.inversion.additive import AdditivePattern
 from untrojan.inversion.engine import (
@@ -48,9 +48,21 @@ POLISH = Schedule(
 )
 """The pattern that cleanses is estimated once more with small steps and confirmed on every source image:
 a coarse pattern detects as well, but flags more clean images."""
-FLIPPING_ALONE = 30.0
-"""RE's lambda for that. Unflipping the target's images, most of which are clean, teaches the pattern to move
-clean images: good for the statistics, which compare class pairs, but not for telling the images apart."""
+REPETITIONS = 2
+"""Times that the pattern is estimated anew with the images it has flagged in place of all the target's. Most
+of a class is clean, and a pattern that has to unflip all of it moves clean images too; one that has to unflip
+the flagged images alone comes nearer to what these have in common."""
+FEWEST_FLAGGED = 8
+"""Below that there is nothing to repeat the estimate with."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Carriers:
+    pattern: Tensor
+    removal: Removal
+    threshold: Threshold
+    flagged: Tensor
+    """bool, one for each of the removal's rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,19 +161,23 @@ class ReverseEngineering:
         patterns: dict[int, Tensor] = {}
         thresholds: dict[int, float] = {}
         for test in found:
-            pattern = self._polish(train, model, inversion, test)
-            removal = remove(model, train, test.source, test.target, pattern)
-            if kept and float(removal.unflipped.float().mean()) > 0.5:
+            carriers = self._carriers(train, train, model, inversion, test)
+            if kept and float(carriers.removal.unflipped.float().mean()) > 0.5:
                 # Poison is a minority. What unflips most of a class after a first attack was found is that
                 # attack seen from behind: removing minus its pattern adds it.
                 continue
             kept.append(test)
-            threshold = threshold_between(removal.drops, removal.gains)
-            carries = removal.drops > threshold.at if self.cleansing == "shift" else removal.unflipped
-            flagged[removal.rows] = carries
-            scores[removal.rows] = ((removal.drops - threshold.at) / max(threshold.spread, 1e-6)).sigmoid()
-            readings[removal.rows] = torch.where(carries, removal.rivals, test.target)
-            patterns[test.target], thresholds[test.target] = pattern, threshold.at
+            for _ in range(REPETITIONS if self.cleansing == "shift" and self.schedule == "fast" else 0):
+                if int(carriers.flagged.sum()) < FEWEST_FLAGGED:
+                    break
+                chosen = train.labels != test.target
+                chosen[carriers.removal.rows] = carriers.flagged
+                carriers = self._carriers(train.select(chosen), train, model, inversion, test)
+            removal, threshold, rows = carriers.removal, carriers.threshold, carriers.removal.rows
+            flagged[rows] = carriers.flagged
+            scores[rows] = ((removal.drops - threshold.at) / max(threshold.spread, 1e-6)).sigmoid()
+            readings[rows] = torch.where(carriers.flagged, removal.rivals, test.target)
+            patterns[test.target], thresholds[test.target] = carriers.pattern, threshold.at
         evidence = {
             "patterns": patterns,
             "readings": readings,
@@ -169,6 +185,18 @@ class ReverseEngineering:
             "dismissed_targets": [test.target for test in found if test not in kept],
         }
         return _Cleansed(tuple(kept), flagged, scores, evidence)
+
+    def _carriers(
+        self, images: ImageSet, train: ImageSet, model: Classifier, inversion: Inversion, test: ClassTest
+    ) -> _Carriers:
+        """Which images of ``train`` carry the pattern that is estimated on ``images``."""
+        pattern = self._polish(images, model, inversion, test)
+        removal = remove(model, train, test.source, test.target, pattern)
+        threshold = threshold_between(removal.drops, removal.gains)
+        shifted = removal.drops > threshold.at
+        return _Carriers(
+            pattern, removal, threshold, shifted if self.cleansing == "shift" else removal.unflipped
+        )
 
     def _statistics(
         self, reciprocals: Floats, overall: Detection, log_p_value: float, weights: Floats | None
@@ -188,13 +216,13 @@ class ReverseEngineering:
             f"log10_p_value_location_{other}": alternative.log_p_value / np.log(10),
         }  # fmt: skip
 
-    def _polish(self, train: ImageSet, model: Classifier, inversion: Inversion, test: ClassTest) -> Tensor:
+    def _polish(self, images: ImageSet, model: Classifier, inversion: Inversion, test: ClassTest) -> Tensor:
         row = int(((inversion.pairs == torch.tensor([test.source, test.target])).all(1)).nonzero())
         if self.schedule == "paper":
             return inversion.parameters[row]
         schedule = replace(POLISH, flip_fraction=self.flip_fraction)
         refined = invert(
-            model, train, inversion.pairs[row : row + 1], AdditivePattern(FLIPPING_ALONE), schedule,
+            model, images, inversion.pairs[row : row + 1], AdditivePattern(self.balance), schedule,
             seed=self.seed, description="refining the pattern",
         )  # fmt: skip
         return refined.parameters[0] if refined.solved[0] else inversion.parameters[row]
