@@ -214,7 +214,7 @@ def _write_flagged(folder: RunFolder, train: ImageSet, report: CleansingReport) 
         read = "" if readings is None else names[int(readings[row])]
         return str(train.ids[row]), names[int(train.labels[row])], read
 
-    return folder.write_csv("flagged.csv", ("id", "label", "class without the pattern"), map(line, rows))
+    return folder.write_csv("flagged.csv", ("id", "label", "predicted after removal"), map(line, rows))
 
 
 def _write_patterns(folder: RunFolder, report: CleansingReport) -> list[Path]:

@@ -24,10 +24,8 @@ class Removal:
 
     rows: Tensor
     """int64 (n,)."""
-    unflipped: Tensor
-    """bool (n,): the prediction is another class without the pattern (equation 12)."""
-    rivals: Tensor
-    """int64 (n,): that class, or where the target is still predicted, the class next to it."""
+    readings: Tensor
+    """int64 (n,): the class predicted without the pattern. Equation 12 flags those that leave the target."""
     drops: Tensor
     """float (n,): by how much removing the pattern lowers the target's margin, the target's logit less the
     largest other."""
@@ -42,24 +40,23 @@ def remove(model: Classifier, train: ImageSet, source: int, target: int, pattern
     images, others = train.images[rows], train.images[train.indices_of(source)]
     nothing = torch.zeros_like(pattern)
     before, _ = _margins(fast, images, nothing, target)
-    after, rivals = _margins(fast, images, -pattern, target)
+    after, readings = _margins(fast, images, -pattern, target)
     without, _ = _margins(fast, others, nothing, target)
     with_pattern, _ = _margins(fast, others, pattern, target)
-    return Removal(rows, after < 0, rivals, before - after, with_pattern - without)
+    return Removal(rows, readings, before - after, with_pattern - without)
 
 
 @torch.no_grad()
 def _margins(model: Classifier, images: Tensor, pattern: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """Margins of ``target`` and the strongest other classes, (n,) each, with ``pattern`` added."""
-    pattern, margins, rivals = pattern.to(model.device), [], []
+    """Margins of ``target`` and the classes predicted, (n,) each, with ``pattern`` added."""
+    pattern, margins, readings = pattern.to(model.device), [], []
     for batch in images.split(512):
         logits = model((to_float(batch, model.device) + pattern).clamp(0, 1)).cpu()
+        readings.append(logits.argmax(1))
         own = logits[:, target].clone()
         logits[:, target] = float("-inf")
-        strongest = logits.max(1)
-        margins.append(own - strongest.values)
-        rivals.append(strongest.indices)
-    return torch.cat(margins), torch.cat(rivals)
+        margins.append(own - logits.amax(1))
+    return torch.cat(margins), torch.cat(readings)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class ReverseEngineering:
         thresholds: dict[int, float] = {}
         for test in found:
             carriers = self._carriers(train, train, model, inversion, test)
-            if kept and float(carriers.removal.unflipped.float().mean()) > 0.5:
+            if kept and float((carriers.removal.readings != test.target).float().mean()) > 0.5:
                 # Poison is a minority. What unflips most of a class after a first attack was found is that
                 # attack seen from behind: removing minus its pattern adds it.
                 continue
@@ -176,7 +176,7 @@ class ReverseEngineering:
             removal, threshold, rows = carriers.removal, carriers.threshold, carriers.removal.rows
             flagged[rows] = carriers.flagged
             scores[rows] = ((removal.drops - threshold.at) / max(threshold.spread, 1e-6)).sigmoid()
-            readings[rows] = torch.where(carriers.flagged, removal.rivals, test.target)
+            readings[rows] = torch.where(carriers.flagged, removal.readings, test.target)
             patterns[test.target], thresholds[test.target] = carriers.pattern, threshold.at
         evidence = {
             "patterns": patterns,
@@ -193,10 +193,9 @@ class ReverseEngineering:
         pattern = self._polish(images, model, inversion, test)
         removal = remove(model, train, test.source, test.target, pattern)
         threshold = threshold_between(removal.drops, removal.gains)
-        shifted = removal.drops > threshold.at
-        return _Carriers(
-            pattern, removal, threshold, shifted if self.cleansing == "shift" else removal.unflipped
-        )
+        shifted, unflipped = removal.drops > threshold.at, removal.readings != test.target
+        flagged = shifted if self.cleansing == "shift" else unflipped
+        return _Carriers(pattern, removal, threshold, flagged)
 
     def _statistics(
         self, reciprocals: Floats, overall: Detection, log_p_value: float, weights: Floats | None
