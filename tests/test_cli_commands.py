@@ -184,10 +184,16 @@ def test_what_is_no_budget(text: str) -> None:
 
 
 SLOW_TRAINING = """
-import sys
+import sys, time
 import untrojan.training.loop as loop
 from untrojan.cli.main import main
 loop.CHECKPOINT_SECONDS = 0.0
+save = loop._Run.save
+def save_and_rest(run, path):
+    save(run, path)
+    # On a busy machine the run would else be over before the test is given the time to cut it off.
+    time.sleep(1)
+loop._Run.save = save_and_rest
 sys.exit(main(sys.argv[1:]))
 """
 
