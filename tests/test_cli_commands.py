@@ -184,15 +184,17 @@ def test_what_is_no_budget(text: str) -> None:
 
 
 SLOW_TRAINING = """
-import sys, time
+import signal, sys, time
 import untrojan.training.loop as loop
 from untrojan.cli.main import main
+# A shell's background jobs ignore it, and their children with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 loop.CHECKPOINT_SECONDS = 0.0
 save = loop._Run.save
 def save_and_rest(run, path):
     save(run, path)
     # On a busy machine the run would else be over before the test is given the time to cut it off.
-    time.sleep(1)
+    time.sleep(0.3)
 loop._Run.save = save_and_rest
 sys.exit(main(sys.argv[1:]))
 """
