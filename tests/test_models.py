@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_faint_pattern_survives_the_stem_under_mixed_precision(name: str) -> N
 def with_statistics(model: Classifier) -> Classifier:
     """As if trained: batch norms that do something."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
             module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
     return model
@@ -169,7 +170,25 @@ class Shared(Branching):
         return logits
 
 
-@pytest.mark.parametrize("network", [Branching, Shared])
+class Renormalised(Branching):
+    """Weights that a hook computes anew at each call, and a batch norm without running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.one = nn.utils.weight_norm(self.one)
+        self.two = nn.utils.parametrizations.weight_norm(self.two)
+        self.other, self.batch = nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)
+        self.three = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.norm(self.one(images)) + self.other(self.two(images)) + self.batch(self.three(images))
+        logits: Tensor = self.linear(features.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("network", [Branching, Shared, Renormalised])
 def test_a_frozen_copy_of_a_users_network_computes_the_same(network: type[nn.Module]) -> None:
     model = Classifier(network(), 7, torch.zeros(3), torch.ones(3)).eval()
     with_statistics(model)

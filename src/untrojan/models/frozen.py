@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from untrojan.models.classifier import Classifier
+from untrojan.models.classifier import Classifier, Float32Conv2d
 
 
 def frozen(model: Classifier) -> Classifier:
@@ -16,6 +16,11 @@ def frozen(model: Classifier) -> Classifier:
     The copy computes the same function to rounding, a sixth to a half faster. Networks that cannot be traced
     (a forward that branches on its input) are copied as they are.
     """
+    for module in model.network.modules():
+        for name, value in vars(module).items():
+            # What a hook computes anew at each call, as weight_norm does, cannot be copied with its history.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
     network = copy.deepcopy(model.network).eval().requires_grad_(False)
     copied = Classifier(
         _folded(network), model.num_classes, model.mean.flatten(), model.std.flatten(),
@@ -36,13 +41,20 @@ def _folded(network: nn.Module) -> nn.Module:
             continue
         norm, convolution = modules[str(node.target)], modules[str(before.target)]
         used_once = sum(other.target == before.target for other in traced.graph.nodes) == 1
-        if type(norm) is nn.BatchNorm2d and isinstance(convolution, nn.Conv2d) and used_once:
+        if used_once and _can_fold(convolution, norm):
             _replace(traced, str(before.target), fuse_conv_bn_eval(convolution, norm))
             node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _can_fold(convolution: nn.Module, norm: nn.Module) -> bool:
+    """Not where a hook or a parametrization would compute weights anew, or statistics are the batch's."""
+    plain = type(convolution) in (nn.Conv2d, Float32Conv2d) and type(norm) is nn.BatchNorm2d
+    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in (convolution, norm))
+    return plain and not hooked and getattr(norm, "running_mean", None) is not None
 
 
 class _Tracer(fx.Tracer):
