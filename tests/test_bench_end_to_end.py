@@ -113,7 +113,7 @@ class Bench:
         store = Store(folder / "out" / "store")
         self.inputs = {}
         for cell in expand(read_plan(plan)):
-            found = {stage.kind: store.folder(stage) for stage in cell.all_stages}
+            found = {stage.kind: store.folder(stage) for stage in cell.stages["undefended"].ancestry()}
             self.inputs[str(cell.axes["attack"])] = found
         self.train_config = json.loads((self.inputs["square"]["train"] / "stage.json").read_text())["config"]
 

@@ -131,14 +131,16 @@ def test_cells_and_what_they_share(tmp_path: Path) -> None:
     assert kinds.count("retrain") == 3 * 2
     assert kinds.count("data") == 1
     none = cells["signs/small/cross/none/0"]
-    assert list(none.stages) == ["data", "undefended"]
+    assert list(none.stages) == ["data", "undefended", "clean_model"]
     assert none.stages["undefended"].key == cells["signs/small/cross/re/0"].stages["undefended"].key
     assert len({cell.key for cell in cells.values()}) == len(cells)
 
 
 def keys(cell: Cell) -> Mapping[tuple[str, str], str]:
-    """Key by kind and label."""
-    return {(stage.kind, stage.label): stage.key for stage in cell.all_stages}
+    """Key by kind and label, but for the clean control's, which no attack changes."""
+    of_control = {stage.key for stage in cell.stages["clean_model"].inputs["model"].ancestry()}
+    own = [s for s in cell.all_stages if s.kind == "data" or s.key not in of_control]
+    return {(stage.kind, stage.label): stage.key for stage in own}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,18 @@ def test_the_adaptive_attack_has_a_surrogate_and_a_clean_model(tmp_path: Path) -
     models = {s.key for s in cell.all_stages if s.kind == "train"}
     # Surrogate, clean model, victim and probe are four different models.
     assert len(models) == 4
+    without_control = "\n".join(line for line in text.splitlines() if "clean = true" not in line)
+    alone = cells_of(tmp_path, without_control)["signs/small/A-1SC/re/0"]
+    assert alone.stages["clean_model"].inputs["model"].key not in models
     assert surrogate.inputs["poisoned"].config == {"attack": None}
+
+
+def test_every_attack_is_shown_to_the_clean_control(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, SMALL)
+    clean_model = cells["signs/small/A-1SC/re/0"].stages["clean_model"].inputs["model"]
+    control = cells["signs/small/clean/re/0"].stages["undefended"].inputs["model"]
+    assert clean_model.key == control.key
+    assert "clean_model" not in cells["signs/small/clean/re/0"].stages
 
 
 def test_class_names_in_attacks(tmp_path: Path) -> None:

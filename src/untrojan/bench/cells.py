@@ -71,6 +71,7 @@ class _Expansion:
         self.resolved, self.plan = resolved, plan
         self.data_name, self.net_name, self.seed = data, net, seed
         self.net: NetEntry = plan.nets[net]
+        self.control = next((entry for entry in plan.attacks.values() if entry.clean), None)
         entry = plan.data[data]
         self.data = self._stage("data", {"name": data, **entry.model_dump(exclude={"source"})}, {}, data)
 
@@ -83,7 +84,7 @@ class _Expansion:
         victim = self._trained(self.net.victim, poisoned, seed, f"{attack_name} victim")
         undefended = self._evaluated(victim, poisoned, f"{attack_name} undefended")
         stages = {"data": self.data, "undefended": undefended}
-        if options and options["trigger"] in COMPUTED_TRIGGERS:
+        if options and (self.control or options["trigger"] in COMPUTED_TRIGGERS):
             stages["clean_model"] = self._clean_model(poisoned, attack_name)
         if defense.cleanser is not None:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
@@ -131,8 +132,10 @@ class _Expansion:
         return self._stage("evaluate", {}, inputs, label)
 
     def _clean_model(self, poisoned: Stage, name: str) -> Stage:
-        """What the pattern alone does to a model that was never poisoned nor seen by the attacker."""
-        clean = self._trained(self.net.victim, self._clean(), self.seed + 2_000_003, f"{name} clean model")
+        """What the pattern alone does to a model that was never poisoned nor seen by the attacker: the
+        plan's first clean control, where it has one."""
+        offset = self.control.seed_offset if self.control else 2_000_003
+        clean = self._trained(self.net.victim, self._clean(), self.seed + offset, f"{name} clean model")
         return self._evaluated(clean, poisoned, f"{name} clean model")
 
     def _defended(
