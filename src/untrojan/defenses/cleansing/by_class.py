@@ -1,0 +1,189 @@
+"""What cleansers that look at one class at a time have in common: a statistic for each class, its limit or
+its p-value, and the report that follows.
+
+Published limits were tuned on known attacks. Without one (``limit`` None), a class's statistic is held
+against those of classes taken to be clean, the trusted ones' where the auditor has trusted images and the
+others' where not, so that ``significance`` is the share of clean sets that raise an alarm.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from untrojan.data.image_set import ImageSet
+from untrojan.defenses.cleansing.features import Features
+from untrojan.defenses.cleansing.order_statistics import log_smallest_of
+from untrojan.defenses.cleansing.report import CleansingReport, Verdict
+from untrojan.models.classifier import Classifier
+
+
+@dataclass(frozen=True, eq=False)
+class ClassFinding:
+    """What a detector has found in one class."""
+
+    statistic: float
+    """The larger, the more it looks poisoned."""
+    suspects: Tensor
+    """bool (n,): the images to remove if it is."""
+    scores: Tensor
+    """float (n,): the higher, the more suspicious within the class."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Further figures for the evidence, as JSON types."""
+
+
+class ClassCleanser(ABC):
+    """A cleanser made of :meth:`examine`. Its dataclass has fields ``level`` and ``significance``."""
+
+    level: str
+    """Where features are taken, see :mod:`untrojan.models.taps`; ``s1+s2+s3`` fuses levels."""
+    significance: float
+    """The share of clean sets that may be called poisoned where there is no limit."""
+    fewest: ClassVar[int] = 4
+    """Smaller classes are left out, and named in the evidence."""
+
+    @property
+    @abstractmethod
+    def limit(self) -> float | None:
+        """Classes above it are poisoned; None judges by p-values."""
+
+    @abstractmethod
+    def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
+        """Look at the images ``rows``, int64 (n,), all labelled ``label``."""
+
+    def __call__(
+        self, train: ImageSet, model: Classifier, *, checkpoint: Path | None = None
+    ) -> CleansingReport:
+        """Judge ``train`` by the features of ``model``, trained on it. ``checkpoint`` is not needed."""
+        return self.judge(Features(model, train))
+
+    def judge(self, features: Features) -> CleansingReport:
+        """Judge a set by features that other cleansers may share."""
+        train = features.data
+        features.extract([self.level])
+        found = self.examine_all(features)
+        statistics = {label: finding.statistic for label, finding in found.items()}
+        log_p_values: dict[int, float] = {}
+        if self.limit is not None:
+            targets = [label for label, value in statistics.items() if value > self.limit]
+            targets.sort(key=lambda label: -statistics[label])
+        else:
+            null = None if features.trusted is None else self.examine_all(features.trusted)
+            values = None if null is None else [finding.statistic for finding in null.values()]
+            targets, log_p_values = outlying_classes(statistics, self.significance, values)
+        flagged, scores = torch.zeros(len(train), dtype=torch.bool), torch.zeros(len(train))
+        for label, finding in found.items():
+            rows = train.indices_of(label)
+            scores[rows] = finding.scores.float()
+            flagged[rows] = finding.suspects & (label in targets)
+        return CleansingReport(
+            verdict=self._verdict(targets, statistics),
+            flagged=flagged,
+            scores=scores,
+            targets=tuple(targets),
+            sources=tuple(() for _ in targets),
+            reason=self._reason(train, targets, statistics, log_p_values),
+            evidence=self._evidence(train, found, log_p_values),
+        )
+
+    def examine_all(self, features: Features) -> dict[int, ClassFinding]:
+        """:meth:`examine` for every class that has images enough."""
+        data = features.data
+        rows = {label: data.indices_of(label) for label in range(data.num_classes)}
+        return {c: self.examine(features, c, r) for c, r in rows.items() if len(r) >= self.fewest}
+
+    def _verdict(self, targets: list[int], statistics: Mapping[int, float]) -> Verdict:
+        if targets:
+            return "poisoned"
+        too_few = len(statistics) < (3 if self.limit is None else 1)
+        return "undecided" if too_few else "clean"
+
+    def _reason(
+        self,
+        train: ImageSet,
+        targets: list[int],
+        statistics: Mapping[int, float],
+        log_p_values: Mapping[int, float],
+    ) -> str:
+        if not statistics:
+            return f"no class has {self.fewest} images to look at"
+        worst = targets[0] if targets else max(statistics, key=lambda label: statistics[label])
+        measure = f"statistic {statistics[worst]:.3g}"
+        if self.limit is not None:
+            measure += f", limit {self.limit:.3g}"
+        elif log_p_values:
+            measure += f", p = {math.exp(log_smallest_of(log_p_values[worst], len(log_p_values))):.2g}"
+        name = train.class_names[worst]
+        if targets:
+            return f"class {name!r} holds two kinds of images ({measure})"
+        return f"no class stands out; the nearest to it is {name!r} ({measure})"
+
+    def _evidence(
+        self, train: ImageSet, found: Mapping[int, ClassFinding], log_p_values: Mapping[int, float]
+    ) -> dict[str, Any]:
+        evidence: dict[str, Any] = {
+            "class_statistics": {str(label): finding.statistic for label, finding in found.items()},
+            "class_suspects": {str(label): int(f.suspects.sum()) for label, f in found.items()},
+            "class_details": {str(label): dict(f.details) for label, f in found.items() if f.details},
+            "classes_left_out": [label for label in range(train.num_classes) if label not in found],
+        }
+        if log_p_values:
+            smallest = log_smallest_of(min(log_p_values.values()), len(log_p_values))
+            evidence["p_value"] = math.exp(smallest)
+            evidence["log10_p_value"] = smallest / math.log(10)
+            evidence["class_log10_p_values"] = {
+                str(label): value / math.log(10) for label, value in log_p_values.items()
+            }
+        return evidence
+
+
+def outlying_classes(
+    statistics: Mapping[int, float], significance: float, null: list[float] | None = None
+) -> tuple[list[int], dict[int, float]]:
+    """Classes whose statistic the null does not explain, the clearest first, and each class's ln p-value.
+
+    ``null`` are statistics of clean classes; without them the null of a class is all the others, less those
+    found before. Either way the class is taken as one more draw from a normal distribution of unknown mean
+    and variance: Student's prediction interval, exact for any number of classes. The smallest of the p-values
+    is corrected for the number of classes.
+    """
+    targets: list[int] = []
+    first: dict[int, float] = {}
+    while len(targets) < max(1, len(statistics) // 2):
+        left = {label: value for label, value in statistics.items() if label not in targets}
+        log_p = {
+            label: log_upper_prediction(value, null or [v for c, v in left.items() if c != label])
+            for label, value in left.items()
+        }
+        first = first or log_p
+        if not log_p:
+            break
+        clearest = min(log_p, key=lambda label: log_p[label])
+        if log_smallest_of(log_p[clearest], len(log_p)) > math.log(significance):
+            break
+        targets.append(clearest)
+    return targets, first
+
+
+def log_upper_prediction(value: float, null: list[float]) -> float:
+    """ln of the chance that one more draw from the normal distribution behind ``null`` reaches ``value``.
+
+    0 (a chance of one) where two values or fewer leave nothing to judge by.
+    """
+    from scipy.stats import t
+
+    count = len(null)
+    if count < 2:
+        return 0.0
+    mean, deviation = float(np.mean(null)), float(np.std(null, ddof=1))
+    # Equal values have no spread: a relative spread of a millionth stands in for none.
+    deviation = max(deviation, 1e-6 * max(abs(mean), abs(value)), 1e-300)
+    return float(t.logsf((value - mean) / (deviation * math.sqrt(1 + 1 / count)), count - 1))

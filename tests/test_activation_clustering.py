@@ -1,0 +1,157 @@
+"""Activation clustering and what all cleansers by class share, on features that are known exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from untrojan.data.image_set import ImageSet, numbered
+from untrojan.defenses.cleansing.activation_clustering import ActivationClustering, reduced, two_clusters
+from untrojan.defenses.cleansing.by_class import log_upper_prediction, outlying_classes
+from untrojan.defenses.cleansing.features import Features
+from untrojan.errors import UntrojanError
+from untrojan.models.classifier import Classifier
+
+CLASSES, EACH, PIXELS = 6, 60, 48
+
+
+def pixels_as_features(num_classes: int = CLASSES) -> Classifier:
+    """A linear model: its penultimate features are the pixels."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, num_classes))
+    return Classifier(network, num_classes, torch.zeros(3), torch.ones(3))
+
+
+def noise_with_a_shifted_group(poisoned: int = 15, shift: float = 60.0) -> tuple[ImageSet, torch.Tensor]:
+    """Gaussian pixels; in class 2 the first ``poisoned`` images are shifted by ``shift`` grey levels."""
+    random = torch.Generator().manual_seed(0)
+    pixels = 100 + 10 * torch.randn(CLASSES * EACH, PIXELS, generator=random)
+    labels = torch.arange(CLASSES).repeat_interleave(EACH)
+    truth = torch.zeros(len(labels), dtype=torch.bool)
+    truth[2 * EACH : 2 * EACH + poisoned] = True
+    pixels[truth, ::3] += shift
+    images = pixels.clamp(0, 255).round().to(torch.uint8).view(-1, 3, 4, 4)
+    names = tuple(f"class {i}" for i in range(CLASSES))
+    return ImageSet(images, labels, names, numbered(len(labels))), truth
+
+
+def test_the_shifted_group_is_the_smaller_cluster() -> None:
+    data, truth = noise_with_a_shifted_group()
+    for reduction, components in (("pca", 10), ("ica", 2)):
+        activations = data.images[data.labels == 2].float().flatten(1)
+        found = two_clusters(activations, components, reduction)  # type: ignore[arg-type]
+        assert torch.equal(found.smaller, truth[data.labels == 2])
+        assert bool((found.leaning[found.smaller] > 0).all())
+        assert bool((found.leaning[~found.smaller] < 0).all())
+
+
+@pytest.mark.parametrize("rule", ["silhouette", "relative-size"])
+def test_published_rules_and_what_they_flag(rule: str) -> None:
+    data, truth = noise_with_a_shifted_group()
+    report = ActivationClustering(rule=rule)(data, pixels_as_features())  # type: ignore[arg-type]
+    assert report.verdict == "poisoned"
+    assert report.targets[0] == 2
+    assert torch.equal(report.flagged & (data.labels == 2), truth)
+    silhouettes = {c: d["silhouette"] for c, d in report.evidence["class_details"].items()}
+    assert silhouettes["2"] > 0.3 > 0.1 > max(v for c, v in silhouettes.items() if c != "2")
+
+
+def test_calibrated_against_the_other_classes() -> None:
+    data, truth = noise_with_a_shifted_group()
+    cleanser = ActivationClustering(threshold="calibrated")
+    report = cleanser(data, pixels_as_features())
+    assert report.targets == (2,)
+    assert torch.equal(report.flagged, truth)
+    assert report.evidence["p_value"] < 1e-3
+    clean, _ = noise_with_a_shifted_group(poisoned=0)
+    assert cleanser(clean, pixels_as_features()).verdict == "clean"
+
+
+def test_calibrated_against_trusted_images() -> None:
+    data, truth = noise_with_a_shifted_group()
+    trusted, _ = noise_with_a_shifted_group(poisoned=0)
+    features = Features(pixels_as_features(), data, trusted)
+    report = ActivationClustering(threshold="calibrated").judge(features)
+    assert report.targets == (2,)
+    assert torch.equal(report.flagged, truth)
+    renamed = replace(trusted, class_names=tuple(reversed(trusted.class_names)))
+    with pytest.raises(UntrojanError, match="trusted images must have the classes of the data"):
+        Features(pixels_as_features(), data, renamed)
+
+
+def test_smaller_removes_from_every_class() -> None:
+    data, _ = noise_with_a_shifted_group()
+    report = ActivationClustering(rule="smaller")(data, pixels_as_features())
+    assert set(report.targets) == set(range(CLASSES))
+    assert all(bool(report.flagged[data.labels == c].any()) for c in range(CLASSES))
+
+
+def test_classes_without_spread_or_without_images() -> None:
+    data, _ = noise_with_a_shifted_group()
+    images = data.images.clone()
+    images[data.labels == 0] = 7
+    kept = (data.labels != 1) | (torch.arange(len(data)) == EACH)
+    report = ActivationClustering()(replace(data, images=images).select(kept), pixels_as_features())
+    assert report.evidence["classes_left_out"] == [1]
+    assert report.evidence["class_statistics"]["0"] == 0.0
+    assert report.targets == (2,)
+
+
+def test_fused_levels_weigh_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, _ = noise_with_a_shifted_group()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+    model = Classifier(network, CLASSES, torch.zeros(3), torch.ones(3))
+    features = Features(model, data)
+    both = features.at("network.1+penultimate", torch.arange(10))
+    assert both.shape == (10, 10)
+    norms = features.at("network.1+penultimate").view(-1, 2, 5).square().sum(2).mean(0)
+    torch.testing.assert_close(norms, torch.ones(2))
+    torch.testing.assert_close(features.at("network.1").relu(), features.at("penultimate"))
+    # More than fits into memory lies in a mapped file, and is the same.
+    monkeypatch.setattr("untrojan.defenses.cleansing.features.IN_MEMORY", 0)
+    torch.testing.assert_close(Features(model, data).at("penultimate"), features.at("penultimate"))
+    with pytest.raises(UntrojanError, match="no level"):
+        features.at("network.9")
+
+
+def test_one_pass_serves_all_levels() -> None:
+    data, _ = noise_with_a_shifted_group()
+    model = pixels_as_features()
+    features, seen = Features(model, data, batch_size=len(data)), []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    features.extract(["penultimate", "network.1", "penultimate+network.1"])
+    features.at("network.1+penultimate")
+    assert features.predictions.shape == (len(data),)
+    assert len(seen) == 1
+
+
+def test_reduction_keeps_the_leading_components() -> None:
+    values = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) * torch.arange(8, 0, -1)
+    points = reduced(values, 3)
+    centred = values.double() - values.double().mean(0)
+    expected = torch.linalg.svdvals(centred)[:3]
+    np.testing.assert_allclose(np.linalg.norm(points, axis=0), expected.numpy(), rtol=1e-9)
+
+
+def test_prediction_interval_is_students() -> None:
+    """Against simulation: one more draw from the same normal distribution exceeds it as often as said."""
+    random = np.random.default_rng(0)
+    draws = random.normal(5, 3, (4000, 10))
+    p = np.exp([log_upper_prediction(row[0], row[1:].tolist()) for row in draws])
+    for level in (0.01, 0.05, 0.5):
+        assert abs((p < level).mean() - level) < 3.5 * math.sqrt(level / 4000)
+
+
+def test_outlying_classes_are_peeled() -> None:
+    quiet = dict(enumerate([1.0, 1.1, 0.9, 1.05, 0.95, 1.02, 0.98, 1.07]))
+    assert outlying_classes(quiet, 0.05)[0] == []
+    assert outlying_classes({**quiet, 3: 3.0}, 0.05)[0] == [3]
+    found, log_p = outlying_classes({**quiet, 3: 30.0, 5: 3.0}, 0.05)
+    assert found == [3, 5]
+    assert log_p[3] < log_p[0]
+    assert outlying_classes({0: 1.0, 1: 9.0}, 0.05)[0] == []
+    assert outlying_classes({}, 0.05) == ([], {})
