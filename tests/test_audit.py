@@ -20,7 +20,7 @@ from untrojan.defenses.cleansing.probe import (
     draw_canaries,
     plant,
 )
-from untrojan.defenses.cleansing.registry import CLEANSERS
+from untrojan.defenses.cleansing.registry import CLEANSERS, method_names
 from untrojan.defenses.cleansing.report import CleansingReport
 from untrojan.defenses.cleansing.reverse_engineering import ReverseEngineering
 from untrojan.errors import UntrojanError
@@ -70,6 +70,36 @@ def test_a_poisoned_set_is_found_out(poisoned: PoisonedData, found) -> None:  # 
     pattern = report.evidence["patterns"][2]
     true_pattern = poisoned.record.tensors["pattern"]
     assert float(torch.cosine_similarity(pattern.flatten(), true_pattern.flatten(), dim=0)) > 0.3
+
+
+def test_further_methods_are_asked_and_decide_nothing(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]
+    options = AuditOptions(methods=("activation-clustering", "reverse-engineering"), calibrate=True)
+    both = audit(poisoned.train, options, model=found.model, trusted=blobs(seed=3).test)
+    assert list(both.costs) == ["probe net", "features", "activation-clustering", "reverse-engineering"]
+    # One pass over the training set and one over the trusted images serve every method by features.
+    assert both.costs["features"].images == len(poisoned.train) + 300
+    assert both.costs["activation-clustering"].images == 0
+    other = both.opinions["reverse-engineering"]
+    assert other.targets == (2,)
+    assert torch.equal(other.flagged, found.report.flagged)
+    metrics = metrics_of(both, poisoned.train)
+    assert metrics["verdict"] == both.report.verdict
+    told = metrics["opinions"]["reverse-engineering"]
+    assert (told["verdict"], told["target_names"]) == ("poisoned", ["blob 2"])
+    assert told["flagged_by_both"] == int((other.flagged & both.report.flagged).sum())
+
+
+def test_no_method_and_unknown_settings_are_refused() -> None:
+    with pytest.raises(UntrojanError, match="an audit needs a method"):
+        AuditOptions(methods=()).cleansers()
+    with pytest.raises(UntrojanError, match="unknown cleanser 'divination'"):
+        AuditOptions(methods=("divination",)).cleansers()
+    with pytest.raises(UntrojanError, match=r"choose of re, ac.*or all"):
+        method_names("re,xx")
+    with pytest.raises(UntrojanError, match="no method named"):
+        method_names(" , ")
+    assert method_names("ac, re,ac") == ("activation-clustering", "reverse-engineering")
+    assert method_names("all") == CLEANSERS.names()
 
 
 def test_metrics_name_classes_and_count_flags(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]

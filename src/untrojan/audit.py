@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,13 +11,15 @@ import torch
 
 from untrojan.cost import Cost, measure
 from untrojan.data.image_set import ImageSet, Splits
+from untrojan.defenses.cleansing.by_class import ClassCleanser
+from untrojan.defenses.cleansing.features import Features
 from untrojan.defenses.cleansing.probe import (
     POTENT,
     ProbeCheck,
     canary_potency,
     training_accuracy,
 )
-from untrojan.defenses.cleansing.registry import CLEANSERS
+from untrojan.defenses.cleansing.registry import Cleanser, build_with
 from untrojan.defenses.cleansing.report import CleansingReport, Verdict
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier
@@ -37,8 +40,13 @@ FITTED = 0.5
 class AuditOptions:
     """How an audit is carried out."""
 
-    method: str = "reverse-engineering"
-    """A name of ``untrojan.defenses.cleansing.registry.CLEANSERS``."""
+    methods: tuple[str, ...] = ("reverse-engineering",)
+    """Names of ``untrojan.defenses.cleansing.registry.CLEANSERS``. The first gives the verdict and says which
+    images to remove; the others are asked for their opinion of the same probe net."""
+    level: str | None = None
+    """Where methods that judge by features take them; None: where each does by default."""
+    calibrate: bool = False
+    """Judge by p-values in place of published thresholds, in methods that have any."""
     schedule: Literal["fast", "paper"] = "fast"
     significance: float = 0.05
     """The p-value under which an attack is declared: the share of clean sets that may raise a false alarm."""
@@ -49,6 +57,19 @@ class AuditOptions:
     name, or a recipe. It should not augment: the probe must learn
     the true pattern and not shifted copies of it (RE, section 5.2.1)."""
     seed: int = 0
+
+    def cleansers(self) -> dict[str, Cleanser]:
+        """The methods by name. Raises UntrojanError for an unknown one, or for none."""
+        if not self.methods:
+            raise UntrojanError("an audit needs a method")
+        settings: dict[str, Any] = {
+            "schedule": self.schedule, "significance": self.significance, "seed": self.seed
+        }  # fmt: skip
+        if self.level is not None:
+            settings["level"] = self.level
+        if self.calibrate:
+            settings["threshold"] = "calibrated"
+        return {name: build_with(name, settings) for name in self.methods}
 
     def training_recipe(self, images: int) -> Recipe:
         """The recipe for a set of so many images. Raises UntrojanError for an unknown preset."""
@@ -71,6 +92,8 @@ class Audit:
     """What each stage cost."""
     probe_name: str
     """The probe's architecture, or that the model was given."""
+    opinions: dict[str, CleansingReport] = field(default_factory=dict)
+    """What further methods found, by name. None of it changes the report."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +107,23 @@ class AuditResult:
 
 
 def audit(
-    train: ImageSet, options: AuditOptions, *, model: Classifier | None = None, work: Path | None = None
+    train: ImageSet,
+    options: AuditOptions,
+    *,
+    model: Classifier | None = None,
+    trusted: ImageSet | None = None,
+    work: Path | None = None,
 ) -> Audit:
-    """Train a probe net (or take ``model``, trained on ``train``), run the method, doubt the result.
+    """Train a probe net (or take ``model``, trained on ``train``), run the methods, doubt the result.
 
-    ``work`` holds checkpoints, from which a killed audit resumes. A verdict of ``clean`` stands only where
-    a twin of the probe has shown that its recipe learns faint backdoors; else it becomes ``undecided``.
+    ``trusted`` are images that are known to be clean, for methods that can use some. ``work`` holds
+    checkpoints, from which a killed audit resumes. A verdict of ``clean`` stands only where a twin of the
+    probe has shown that its recipe learns faint backdoors; else it becomes ``undecided``.
 
-    Raises UntrojanError where the model's outputs do not match the classes.
+    Raises UntrojanError where the model's outputs do not match the classes, or a method needs trusted images
+    and there are none.
     """
-    settings = {"schedule": options.schedule, "significance": options.significance, "seed": options.seed}
-    cleanser = CLEANSERS.build(options.method, settings)
+    cleansers = options.cleansers()
     recipe = options.training_recipe(len(train))
     given = model is not None
 
@@ -113,18 +142,39 @@ def audit(
                 f"the model has {model.num_classes} outputs and the data have {train.num_classes} classes: "
                 "audit a set with the model trained on it, or let the audit train its own"
             )
-    with measure() as method_cost:
-        report = cleanser(train, model, checkpoint=checkpoint(f"{options.method}.safetensors"))
-    costs = {"probe net": probe_cost, options.method: method_cost}
+    costs = {"probe net": probe_cost}
+    reports = _opinions(Features(model, train, trusted), cleansers, costs, checkpoint)
+    report = reports.pop(options.methods[0])
     canaries: dict[str, float] = {}
     if report.verdict == "clean" and not given:
-        with measure() as twin_cost:
+        with measure() as costs["canary check"]:
             path = checkpoint("twin.pt")
             canaries = canary_potency(train, options.net, recipe, seed=options.seed, checkpoint=path)
-        costs["canary check"] = twin_cost
     check = ProbeCheck(training_accuracy(model, train), canaries)
-    name = "the given model" if given else options.net
-    return Audit(doubted(report, check), model, check, costs, name)
+    probe = "the given model" if given else options.net
+    return Audit(doubted(report, check), model, check, costs, probe, reports)
+
+
+def _opinions(
+    features: Features,
+    cleansers: Mapping[str, Cleanser],
+    costs: dict[str, Cost],
+    checkpoint: Callable[[str], Path | None],
+) -> dict[str, CleansingReport]:
+    """What each method says; those that judge by features share one pass over the set."""
+    by_class = [cleanser for cleanser in cleansers.values() if isinstance(cleanser, ClassCleanser)]
+    if by_class:
+        with measure() as costs["features"]:
+            features.extract([cleanser.level for cleanser in by_class])
+    reports: dict[str, CleansingReport] = {}
+    for name, cleanser in cleansers.items():
+        with measure() as costs[name]:
+            if isinstance(cleanser, ClassCleanser):
+                reports[name] = cleanser.judge(features)
+            else:
+                path = checkpoint(f"{name}.safetensors")
+                reports[name] = cleanser(features.data, features.model, checkpoint=path)
+    return reports
 
 
 def doubted(report: CleansingReport, check: ProbeCheck) -> CleansingReport:
@@ -156,6 +206,19 @@ def metrics_of(found: Audit, train: ImageSet) -> dict[str, Any]:
     report = found.report
     evidence = report.evidence
     return {
+        "opinions": {
+            name: {
+                "verdict": other.verdict,
+                "reason": other.reason,
+                "targets": list(other.targets),
+                "target_names": [train.class_names[target] for target in other.targets],
+                "p_value": other.evidence.get("p_value"),
+                "flagged": int(other.flagged.sum()),
+                "flagged_by_both": int((other.flagged & report.flagged).sum()),
+                "class_statistics": other.evidence.get("class_statistics"),
+            }
+            for name, other in found.opinions.items()
+        },
         "detected": report.verdict == "poisoned",
         "verdict": report.verdict,
         "reason": report.reason,
@@ -198,23 +261,27 @@ def run_audit(
     folder.use_data("train", train)
     found = found or audit(train, options, model=model, work=folder.work)
     metrics = metrics_of(found, train)
-    files = [folder.write_json("metrics.json", metrics), _write_flagged(folder, train, found.report)]
+    files = [folder.write_json("metrics.json", metrics), _write_flagged(folder, train, found)]
     files += _write_patterns(folder, found.report)
     files.append(_write_page(folder, train, found, options, subject, truth, comparison))
     return AuditResult(found.report.verdict, found.report.reason, metrics, tuple(files))
 
 
-def _write_flagged(folder: RunFolder, train: ImageSet, report: CleansingReport) -> Path:
+def _write_flagged(folder: RunFolder, train: ImageSet, found: Audit) -> Path:
+    """The images to remove, the most suspicious first, and which other methods flag them too."""
+    report = found.report
     flagged = report.flagged.nonzero().flatten()
     rows = flagged[report.scores[flagged].argsort(descending=True)].tolist()
     readings = report.evidence.get("readings")
     names = train.class_names
 
-    def line(row: int) -> tuple[str, str, str]:
+    def line(row: int) -> tuple[str, ...]:
         read = "" if readings is None else names[int(readings[row])]
-        return str(train.ids[row]), names[int(train.labels[row])], read
+        others = " ".join(name for name, other in found.opinions.items() if bool(other.flagged[row]))
+        return str(train.ids[row]), names[int(train.labels[row])], read, others
 
-    return folder.write_csv("flagged.csv", ("id", "label", "predicted after removal"), map(line, rows))
+    header = ("id", "label", "predicted after removal", "also flagged by")
+    return folder.write_csv("flagged.csv", header, map(line, rows))
 
 
 def _write_patterns(folder: RunFolder, report: CleansingReport) -> list[Path]:
@@ -252,9 +319,33 @@ def _write_page(
         comparison=comparison,
         probe=_probe_section(found),
         run=_run_section(folder, train, found, options),
+        opinions=_opinion_rows(found, options),
         listing="flagged.csv",
     )
     return folder.write_text("report.html", render_audit(page))
+
+
+def _opinion_rows(found: Audit, options: AuditOptions) -> Any:
+    """All methods side by side, the one that decides first."""
+    from untrojan.report.audit_page import Opinion
+
+    if not found.opinions:
+        return ()
+    reports = {options.methods[0]: found.report, **found.opinions}
+    return tuple(
+        Opinion(
+            method=name,
+            verdict=report.verdict,
+            targets=report.targets,
+            p_value=report.evidence.get("p_value"),
+            log10_p_value=report.evidence.get("log10_p_value"),
+            flagged=int(report.flagged.sum()),
+            in_common=int((report.flagged & found.report.flagged).sum()),
+            seconds=found.costs[name].seconds,
+            reason=report.reason,
+        )
+        for name, report in reports.items()
+    )
 
 
 def _probe_section(found: Audit) -> Any:
@@ -278,7 +369,7 @@ def _run_section(folder: RunFolder, train: ImageSet, found: Audit, options: Audi
 
     return RunFacts(
         command=f"untrojan {folder.command}",
-        method=options.method,
+        method=", ".join(options.methods),
         seed=options.seed,
         fingerprint=train.fingerprint(),
         settings=options.to_json(),

@@ -28,6 +28,37 @@ def audit(
     std: options.Std = None,
     net: options.Net = "patch-cnn",
     preset: Annotated[str, typer.Option(metavar="NAME", help="The probe's training recipe.")] = "auto",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="re, ac, ... or all, with commas between. The first decides; the others' opinions stand "
+            "beside it.",
+        ),
+    ] = "re",
+    level: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="Where methods that judge by features take them: penultimate, s1, s2, s3, a module path, or "
+            "several fused as s1+s2+s3.",
+        ),
+    ] = None,
+    trusted: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Images of the same classes known to be clean, for methods that can use some.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Judge by p-values, from the trusted images or else from the other classes, in place of "
+            "published thresholds.",
+        ),
+    ] = False,
     schedule: Annotated[
         Literal["fast", "paper"], typer.Option(help="How patterns are estimated: fast, or as published.")
     ] = "fast",
@@ -52,30 +83,44 @@ def audit(
     Exit status: 0 no backdoor found, 1 found, 2 bad input or usage, 3 undecided: not to be taken for clean.
 
     Example: [bold]untrojan audit photos/ --out audit --write-clean clean.npz[/bold]
+
+    Second opinions: [bold]untrojan audit photos/ --out audit --method re,ac --calibrate[/bold]
     """
     options.begin(threads, quiet)
     from untrojan.audit import AuditOptions, run_audit
     from untrojan.audit import audit as find
     from untrojan.data.load import load
     from untrojan.data.save import write_clean as save
+    from untrojan.defenses.cleansing.registry import method_names
     from untrojan.models.registry import check_name
     from untrojan.runs import RunFolder
 
     check_name(net)
     choices = AuditOptions(
-        schedule=schedule, significance=false_alarm_rate, net=net, recipe=preset, seed=seed
+        methods=method_names(method),
+        level=level,
+        calibrate=calibrate,
+        schedule=schedule,
+        significance=false_alarm_rate,
+        net=net,
+        recipe=preset,
+        seed=seed,
     )
     choices.training_recipe(1)
+    choices.cleansers()
     if write_clean is not None:
         inputs.new_data(write_clean, overwrite, "--write-clean")
     given = {"model": model, "architecture": architecture, "mean": mean, "std": std}
-    config = {"data": data, "size": size, **given, **choices.to_json()}
+    config = {"data": data, "size": size, "trusted": trusted, **given, **choices.to_json()}
     with RunFolder(out, "audit", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)
         train = splits.train
         folder.use_data("train", train)
         trained = None if model is None else inputs.load_model(model, train, architecture, mean, std)
-        found = find(train, choices, model=trained, work=folder.work)
+        _, height, width = train.image_shape
+        alike = height if height == width else size
+        known = None if trusted is None else load(trusted, size=alike, minimum_per_class=1).train
+        found = find(train, choices, model=trained, trusted=known, work=folder.work)
         result = run_audit(splits, choices, folder, subject=data, found=found)
         written = write_clean is not None and result.verdict != "undecided"
         if write_clean is not None and written:
@@ -97,6 +142,8 @@ def _summary(metrics: Mapping[str, Any], out: Path, cleaned: Path | None) -> Non
         options.say(f"  into class {target} ({names[target]}), from {listed or 'no class in particular'}")
     if metrics["p_value"] is not None:
         options.say(f"p-value: {metrics['p_value']:.2g}")
+    for name, opinion in metrics["opinions"].items():
+        options.say(f"{name}: {verdict[opinion['verdict']]}: {opinion['reason']}")
     if metrics["flagged"]:
         options.say(
             f"images to remove: {metrics['flagged']} of {metrics['images']}, see {out / 'flagged.csv'}"

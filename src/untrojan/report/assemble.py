@@ -17,6 +17,7 @@ from untrojan.report.audit_page import (
     AuditPage,
     BeforeAfter,
     FlaggedImages,
+    Opinion,
     PairStatistics,
     ProbeCheck,
     RunFacts,
@@ -45,6 +46,7 @@ def assemble(
     comparison: BeforeAfter | None = None,
     probe: ProbeCheck | None = None,
     run: RunFacts | None = None,
+    opinions: tuple[Opinion, ...] = (),
     listing: str = "",
     notes: tuple[str, ...] = (),
 ) -> AuditPage:
@@ -78,6 +80,7 @@ def assemble(
         comparison=comparison,
         probe=probe,
         run=run,
+        opinions=opinions,
         notes=notes,
     )
 

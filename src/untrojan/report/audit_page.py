@@ -102,6 +102,22 @@ class FlaggedImages:
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """One method's answer, where several were asked."""
+
+    method: str
+    verdict: Verdict
+    targets: tuple[int, ...] = ()
+    p_value: float | None = None
+    log10_p_value: float | None = None
+    flagged: int = 0
+    in_common: int = 0
+    """Images flagged both by it and by the method that decides."""
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Score:
     """One model's accuracy on clean test images and, where an attack is known, the attack's success."""
 
@@ -195,6 +211,8 @@ class AuditPage:
     comparison: BeforeAfter | None = None
     probe: ProbeCheck | None = None
     run: RunFacts | None = None
+    opinions: tuple[Opinion, ...] = ()
+    """Where several methods were asked: all of them, the one that decides first."""
     notes: tuple[str, ...] = ()
     """Further caveats, a sentence each."""
 

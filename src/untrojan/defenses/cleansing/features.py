@@ -38,7 +38,7 @@ class Features:
     ) -> None:
         """``trusted`` are images of the same classes that the auditor knows to be clean and rightly labelled.
 
-        Raises UntrojanError where model, data and trusted images differ in their classes.
+        Raises UntrojanError where model, data and trusted images differ in classes or shape.
         """
         if model.num_classes != data.num_classes:
             raise UntrojanError(
@@ -49,6 +49,10 @@ class Features:
                 "the trusted images must have the classes of the data, in the same order: "
                 f"{_named(trusted)} against {_named(data)}"
             )
+        if trusted is not None and trusted.image_shape != data.image_shape:
+            raise UntrojanError(
+                f"the trusted images are {_shape(trusted)} and the data {_shape(data)}: they must be alike"
+            )
         self.model, self.data, self.batch_size = model, data, batch_size
         self.trusted = None if trusted is None else Features(model, trusted, batch_size=batch_size)
         self._levels: dict[str, Tensor] = {}
@@ -56,11 +60,13 @@ class Features:
         self._folder: Path | None = None
 
     def extract(self, levels: Iterable[str]) -> None:
-        """Find all these levels, fused ones included, in one pass.
+        """Find all these levels, fused ones included, in one pass; of the trusted images too.
 
         Raises UntrojanError for a level the network does not have.
         """
         wanted = dict.fromkeys(part for level in levels for part in level.split(FUSED))
+        if self.trusted is not None:
+            self.trusted.extract(wanted)
         missing = [level for level in wanted if level not in self._levels]
         if missing or self._predictions is None:
             self._pass(missing)
@@ -116,3 +122,7 @@ class Features:
 
 def _named(images: ImageSet) -> str:
     return ", ".join(images.class_names[:5]) + (", ..." if images.num_classes > 5 else "")
+
+
+def _shape(images: ImageSet) -> str:
+    return "x".join(map(str, images.image_shape))
