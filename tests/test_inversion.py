@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,18 @@ from untrojan.data.image_set import ImageSet, numbered
 from untrojan.errors import UntrojanError
 from untrojan.inversion.additive import AdditivePattern
 from untrojan.inversion.engine import (
+    ANY,
     FAST,
     PAPER,
+    Adam,
     ProportionalStep,
     RawGradient,
     Schedule,
+    Shrink,
     all_pairs,
     invert,
 )
+from untrojan.inversion.masked import MaskedPattern
 from untrojan.models.classifier import Classifier
 
 FINE = Schedule(ProportionalStep(0.02, 2e-4, 0.0), images_a_side=16, confirm_every=1, most_steps=500)
@@ -148,3 +153,89 @@ def test_class_without_images_is_named() -> None:
 def test_paper_schedule_holds_the_published_constants() -> None:
     assert PAPER.stepper == RawGradient(1e-4)
     assert (PAPER.images_a_side, PAPER.flip_fraction, PAPER.confirm_images) == (256, 0.95, None)
+
+
+SHRINKING = Schedule(
+    Adam(0.1), images_a_side=32, flip_fraction=0.99, most_steps=600, shrink=Shrink(look_every=5, patience=2)
+)
+
+
+def pixel_backdoor(num_classes: int = 5) -> tuple[Classifier, ImageSet]:
+    """A linear model that reads class 2 wherever pixel (1, 4) is white, and else a noisy prototype."""
+    torch.manual_seed(0)
+    prototypes = torch.randint(60, 150, (num_classes, 3, 6, 6)).float()
+    labels = torch.arange(300) % num_classes
+    images = (prototypes[labels] + 8 * torch.randn(300, 3, 6, 6)).clamp(0, 255).to(torch.uint8)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 6, num_classes))
+    flat = (prototypes / 255).flatten(1)
+    with torch.no_grad():
+        # Nearest prototype, in ignorance of the backdoor's pixel.
+        known = torch.ones(3, 6, 6)
+        known[:, 1, 4] = 0
+        network[1].weight.copy_(20 * flat * known.flatten())
+        network[1].bias.copy_(-10 * (flat.square() * known.flatten()).sum(1))
+        backdoor = torch.zeros(3, 6, 6)
+        backdoor[:, 1, 4] = 40
+        network[1].weight[2] += backdoor.flatten()
+        network[1].bias[2] -= 40 * 3 * 0.45
+    names = tuple(f"class {i}" for i in range(num_classes))
+    model = Classifier(network, num_classes, torch.zeros(3), torch.ones(3))
+    assert float((model(images.float() / 255).argmax(1) == labels).float().mean()) > 0.95
+    return model, ImageSet(images, labels, names, numbered(300))
+
+
+def test_a_mask_shrinks_to_the_backdoors_pixel() -> None:
+    model, data = pixel_backdoor()
+    pairs = torch.tensor([[ANY, target] for target in range(5)])
+    problem = MaskedPattern()
+    found = invert(model, data, pairs, problem, SHRINKING)
+    masks, patterns = problem.trigger(found.parameters)
+    sizes = problem.size(found.parameters)
+    assert bool(found.solved.all())
+    assert int(sizes.argmin()) == 2
+    assert float(sizes[2]) < 1.5
+    assert divmod(int(masks[2].argmax()), 6) == (1, 4)
+    assert float(patterns[2, :, 1, 4].min()) > 0.9
+    assert float(sizes[torch.arange(5) != 2].min()) > 3 * float(sizes[2])
+    flips = model(problem.embed(found.parameters[2:3], data.images[None].float() / 255)[0]).argmax(1) == 2
+    assert float(flips.float().mean()) > 0.97
+
+
+def test_shrinking_does_not_depend_on_batching_and_resumes(tmp_path: Path) -> None:
+    model, data = pixel_backdoor()
+    pairs = torch.tensor([[ANY, target] for target in range(5)])
+    schedule = replace(SHRINKING, most_steps=60)
+    together = invert(model, data, pairs, MaskedPattern(), schedule)
+    alone = [invert(model, data, pair[None], MaskedPattern(), schedule) for pair in pairs]
+    torch.testing.assert_close(
+        together.parameters, torch.cat([each.parameters for each in alone]), atol=1e-3, rtol=1e-3
+    )
+    place = tmp_path / "search.safetensors"
+    invert(model, data, pairs, MaskedPattern(), schedule, checkpoint=place)
+    again = invert(model, data, pairs, MaskedPattern(), schedule, checkpoint=place)
+    torch.testing.assert_close(again.parameters, together.parameters)
+    assert torch.equal(again.steps, together.steps)
+
+
+def test_what_never_meets_the_constraint_is_failed_however_small_it_is() -> None:
+    model, data = pixel_backdoor()
+    with torch.no_grad():
+        model.network[1].weight[3] = 0  # type: ignore[index, union-attr]
+        model.network[1].bias[3] = -1e3  # type: ignore[index, union-attr]
+    pairs = torch.tensor([[ANY, 2], [ANY, 3]])
+    found = invert(model, data, pairs, MaskedPattern(), replace(SHRINKING, most_steps=100))
+    assert found.solved.tolist() == [True, False]
+    assert float(found.flip_fraction[1]) == 0.0
+
+
+def test_adam_is_torchs() -> None:
+    start = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    ours, memory = start.clone(), torch.zeros(2, 2, 3, 4, 4)
+    theirs = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9))
+    for step in range(5):
+        gradients = theirs.detach() ** 2 - 0.3
+        theirs.grad = gradients
+        ours, memory = Adam()(ours, gradients, memory, torch.ones(2), torch.full((2,), step))
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs.detach())

@@ -7,6 +7,7 @@ Detection and Training Set Cleansing", section 4.2.1, equation 9.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class AdditivePattern:
 
     balance: float = 1.0
     """RE's lambda: the weight of flipping the source against unflipping the target."""
+
+    both_sides: ClassVar[bool] = True
 
     def initial(self, pairs: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         return torch.zeros(len(pairs), *image_shape)
@@ -41,3 +44,8 @@ class AdditivePattern:
 
     def remove(self, parameters: Tensor, images: Tensor) -> Tensor:
         return (images - parameters[:, None]).clamp(0, 1)
+
+    def size(self, parameters: Tensor) -> Tensor:
+        """L2 norms."""
+        norms: Tensor = torch.linalg.vector_norm(parameters.flatten(1), dim=1)
+        return norms

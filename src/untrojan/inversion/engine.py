@@ -5,6 +5,9 @@ parameters of all pairs are stacked, their images concatenated, and one forward 
 all: what counts on any machine is images a step, so each pair can make do with few of them. A pair whose
 constraint is met leaves the batch.
 
+A search ends in one of two ways. RE's patterns start from nothing and grow until they meet the constraint;
+Neural Cleanse's masks start large and shrink as far as the constraint allows.
+
 Which images a pair sees at a step depends on the seed, the pair and the step alone. Results therefore do
 not depend on how the pairs were batched, beyond float rounding, and a killed run resumes exactly.
 """
@@ -14,9 +17,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
@@ -27,10 +31,17 @@ from untrojan.progress import task
 from untrojan.seeding import generator
 
 CHECKPOINT_SECONDS = 30.0
+ANY = -1
+"""In place of a source class: images of every class."""
 
 
 class Problem(Protocol):
     """What is sought: a transformation, and what it is rewarded for."""
+
+    @property
+    def both_sides(self) -> bool:
+        """Whether images of the target class are looked at too."""
+        ...
 
     def initial(self, pairs: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         """Starting parameters (P, ...) for int64 pairs (P, 2) of source and target class."""
@@ -52,16 +63,25 @@ class Problem(Protocol):
         """Images (A, n, C, H, W) with each pair's transformation."""
         ...
 
+    def size(self, parameters: Tensor) -> Tensor:
+        """What is to be small: (A,) from parameters (A, ...)."""
+        ...
+
 
 class Stepper(Protocol):
     """How a gradient moves the parameters."""
 
-    def __call__(
-        self, parameters: Tensor, gradients: Tensor, velocity: Tensor, boost: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """New parameters and velocity, (A, ...) each; the velocity starts at zero and is the stepper's own.
+    @property
+    def memories(self) -> int:
+        """How many tensors of the parameters' shape it has to remember for each pair."""
+        ...
 
-        ``boost`` (A,) multiplies the step of a pair that has stalled.
+    def __call__(
+        self, parameters: Tensor, gradients: Tensor, memory: Tensor, boost: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """New parameters (A, ...) and memory (A, memories, ...), which starts at zero.
+
+        ``boost`` (A,) multiplies the step of a pair that has stalled; ``steps`` (A,) counts steps taken.
         """
         ...
 
@@ -71,11 +91,32 @@ class RawGradient:
     """v <- v - rate * gradient: RE's line 6."""
 
     rate: float = 1e-4
+    memories: ClassVar[int] = 0
 
     def __call__(
-        self, parameters: Tensor, gradients: Tensor, velocity: Tensor, boost: Tensor
+        self, parameters: Tensor, gradients: Tensor, memory: Tensor, boost: Tensor, steps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return parameters - _per_pair(self.rate * boost, gradients) * gradients, velocity
+        return parameters - _per_pair(self.rate * boost, gradients) * gradients, memory
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Kingma & Ba (2015), with a count of steps for each pair."""
+
+    rate: float = 0.1
+    betas: tuple[float, float] = (0.5, 0.9)
+    memories: ClassVar[int] = 2
+
+    def __call__(
+        self, parameters: Tensor, gradients: Tensor, memory: Tensor, boost: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        first, second = memory.unbind(1)
+        first = self.betas[0] * first + (1 - self.betas[0]) * gradients
+        second = self.betas[1] * second + (1 - self.betas[1]) * gradients.square()
+        mean = first / _per_pair(1 - self.betas[0] ** (steps + 1), first)
+        variance = second / _per_pair(1 - self.betas[1] ** (steps + 1), second)
+        rates = _per_pair(self.rate * boost, gradients)
+        return parameters - rates * mean / (variance.sqrt() + 1e-8), torch.stack([first, second], 1)
 
 
 @dataclass(frozen=True)
@@ -92,14 +133,36 @@ class ProportionalStep:
     share: float = 0.05
     least: float = 1.8e-4
     memory: float = 0.8
+    memories: ClassVar[int] = 1
 
     def __call__(
-        self, parameters: Tensor, gradients: Tensor, velocity: Tensor, boost: Tensor
+        self, parameters: Tensor, gradients: Tensor, memory: Tensor, boost: Tensor, steps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        velocity = self.memory * velocity + (1 - self.memory) * _unit(gradients)
+        velocity = self.memory * memory[:, 0] + (1 - self.memory) * _unit(gradients)
         least = self.least * parameters[0].numel() ** 0.5
         lengths = (self.share * _norms(parameters)).clamp_min(least) * boost
-        return parameters - _per_pair(lengths, gradients) * _unit(velocity), velocity
+        return parameters - _per_pair(lengths, gradients) * _unit(velocity), velocity[:, None]
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Once the constraint is met, go on to the smallest parameters that meet it.
+
+    The loss gains a cost times the size. Each look at the last few steps' flip fraction finds the constraint
+    met or not; after ``patience`` looks of one kind in a row the cost rises or falls. The smallest
+    parameters seen to meet the constraint are the result (Wang et al., "Neural Cleanse", section IV-B).
+    """
+
+    cost: float = 1e-3
+    """To begin with; from zero it rises to a thousandth."""
+    look_every: int = 10
+    """Steps whose flip fractions make one look."""
+    patience: int = 5
+    rise: float = 1.5
+    fall: float = 1.5**1.5
+    give_up: int = 25
+    """Looks without a size at least one per cent smaller, after which a pair is finished, if its cost has
+    both risen and fallen."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +184,8 @@ class Schedule:
     stall_steps: int = 200
     """Steps without a better flip fraction after which the step length doubles."""
     images_a_forward: int = 512
+    shrink: Shrink | None = None
+    """Without it a pair is finished when it meets the constraint."""
 
 
 PAPER = Schedule(RawGradient(1e-4), images_a_side=256)
@@ -178,7 +243,8 @@ def invert(
     """
     pools = ClassPools(data, seed)
     _check(model, data, pools, pairs)
-    state = _Search(frozen(model), pools, pairs, problem, schedule, start)
+    kind = _Search if schedule.shrink is None else _ShrinkingSearch
+    state = kind(frozen(model), pools, pairs, problem, schedule, start)
     state.restore(checkpoint)
     with task(description, len(pairs), "pairs", done=int(state.finished.sum())) as bar:
         last_saved = time.monotonic()
@@ -201,13 +267,17 @@ class ClassPools:
         self.shape = data.image_shape
         shuffled = torch.randperm(len(data), generator=generator(seed, "pools"))
         by_class = shuffled[data.labels[shuffled].argsort(stable=True)]
-        self.order = by_class
-        self.counts = data.class_counts
-        self.starts = self.counts.cumsum(0) - self.counts
+        counts = data.class_counts
+        # One more class, reached by the index ANY: all images.
+        self.order = torch.cat([by_class, shuffled])
+        self.starts = torch.cat([counts.cumsum(0) - counts, torch.tensor([len(data)])])
+        self.counts = torch.cat([counts, torch.tensor([len(data)])])
         # Pairs set out from different places of a class, or all would see the same few images.
-        self.offsets = torch.randint(
+        offsets = torch.randint(
             1 << 30, (data.num_classes, data.num_classes), generator=generator(seed, "offsets")
         )
+        self.offsets = F.pad(offsets, (0, 1, 0, 1))
+        self.offsets[ANY, :-1] = offsets.diagonal()
 
     def deal(self, classes: Tensor, others: Tensor, steps: Tensor, count: int) -> Tensor:
         """uint8 (A, count, C, H, W): the images of ``classes`` that pairs see at their ``steps``."""
@@ -239,7 +309,7 @@ class _Search:
         self.problem, self.schedule = problem, schedule
         count = len(pairs)
         self.parameters = problem.initial(pairs, pools.shape) if start is None else start.clone()
-        self.velocity = torch.zeros_like(self.parameters)
+        self.memory = torch.zeros(count, schedule.stepper.memories, *self.parameters.shape[1:])
         self.flips = torch.zeros(count)
         self.latest = torch.zeros(count)
         self.running = torch.zeros(count)
@@ -253,7 +323,7 @@ class _Search:
 
     def chunks(self) -> list[Tensor]:
         """The pairs still searching, in groups that fill one forward each."""
-        a_pair = 2 * self.schedule.images_a_side
+        a_pair = (1 + self.problem.both_sides) * self.schedule.images_a_side
         size = max(1, self.schedule.images_a_forward // a_pair)
         return list((~self.finished).nonzero().flatten().split(size))
 
@@ -266,23 +336,30 @@ class _Search:
         return int(self.finished[active].sum())
 
     def _step(self, active: Tensor) -> None:
-        pairs, count = self.pairs[active], self.schedule.images_a_side
+        pairs, count, steps = self.pairs[active], self.schedule.images_a_side, self.steps[active]
         device = self.model.device
         source, target = pairs.unbind(1)
-        source_images = to_float(self.pools.deal(source, target, self.steps[active], count), device)
-        target_images = to_float(self.pools.deal(target, source, self.steps[active], count), device)
+        source_images = to_float(self.pools.deal(source, target, steps, count), device)
+        target_images = source_images[:, :0]
+        if self.problem.both_sides:
+            target_images = to_float(self.pools.deal(target, source, steps, count), device)
         parameters = self.parameters[active].to(device).requires_grad_()
         views = self.problem.views(parameters, source_images, target_images)
         logits = self.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        loss = self.problem.loss(logits, parameters, pairs.to(device))
+        loss = self.problem.loss(logits, parameters, pairs.to(device)) + self._price(active, parameters)
         (gradients,) = torch.autograd.grad(loss.sum(), parameters)
-        moved, velocity = self.schedule.stepper(
-            parameters.detach(), gradients, self.velocity[active].to(device), self.boost[active].to(device)
-        )
-        self.parameters[active], self.velocity[active] = moved.cpu(), velocity.cpu()
+        moved, memory = self.schedule.stepper(
+            parameters.detach(), gradients, self.memory[active].to(device), self.boost[active].to(device),
+            steps.to(device),
+        )  # fmt: skip
+        self.parameters[active], self.memory[active] = moved.cpu(), memory.cpu()
         self.steps[active] += 1
         flipped = (logits[:, :count].argmax(2) == pairs[:, 1:].to(device)).float().mean(1).cpu()
         self._note(active, flipped)
+
+    def _price(self, active: Tensor, parameters: Tensor) -> Tensor:
+        """What the size of these pairs' parameters adds to their loss, (A,)."""
+        return torch.zeros(len(active), device=parameters.device)
 
     def _note(self, active: Tensor, flipped: Tensor) -> None:
         """Keep a running flip fraction, double the step of stalled pairs, give up on hopeless ones."""
@@ -351,6 +428,74 @@ class _Search:
             )
         for name, value in saved.items():
             setattr(self, name, value)
+
+
+class _ShrinkingSearch(_Search):
+    """A search whose parameters go on shrinking; see :class:`Shrink`."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        pools: ClassPools,
+        pairs: Tensor,
+        problem: Problem,
+        schedule: Schedule,
+        start: Tensor | None,
+    ) -> None:
+        super().__init__(model, pools, pairs, problem, schedule, start)
+        assert schedule.shrink is not None
+        self.shrink, count = schedule.shrink, len(pairs)
+        self.cost = torch.full((count,), self.shrink.cost)
+        self.seen = torch.zeros(count)
+        """Sum of the flip fractions since the last look."""
+        self.streak = torch.zeros(count, dtype=torch.int64)
+        """Looks in a row that found the constraint met; below zero: not met."""
+        self.risen = torch.zeros(count, dtype=torch.bool)
+        self.fallen = torch.zeros(count, dtype=torch.bool)
+        self.stale = torch.zeros(count, dtype=torch.int64)
+        self.smallest = torch.full((count,), float("inf"))
+        self.kept = self.parameters.clone()
+
+    def advance(self, active: Tensor) -> int:
+        self._step(active)
+        return int(self.finished[active].sum())
+
+    def _price(self, active: Tensor, parameters: Tensor) -> Tensor:
+        return self.cost[active].to(parameters.device) * self.problem.size(parameters)
+
+    def _note(self, active: Tensor, flipped: Tensor) -> None:
+        self.seen[active] += flipped
+        looking = active[self.steps[active] % self.shrink.look_every == 0]
+        if len(looking):
+            self._look(looking)
+        done = (self.steps[active] >= self.schedule.most_steps) | (
+            self.risen[active] & self.fallen[active] & (self.stale[active] >= self.shrink.give_up)
+        )
+        finished = active[done]
+        self.finished[finished] = True
+        self.parameters[finished] = self.kept[finished]
+
+    def _look(self, active: Tensor) -> None:
+        flips = self.seen[active] / self.shrink.look_every
+        self.seen[active] = 0
+        met = flips >= self.schedule.flip_fraction
+        sizes = self.problem.size(self.parameters[active])
+        better = met & (sizes < self.smallest[active])
+        self.stale[active] = (self.stale[active] + 1) * ~(met & (sizes < 0.99 * self.smallest[active]))
+        kept = active[better]
+        self.kept[kept], self.smallest[kept] = self.parameters[kept], sizes[better]
+        self.solved[active] |= met
+        unsolved = ~self.solved[active]
+        self.flips[active] = torch.where(better | unsolved, flips, self.flips[active])
+        self.kept[active[unsolved]] = self.parameters[active[unsolved]]
+        streak = self.streak[active]
+        self.streak[active] = torch.where(met, streak.clamp_min(0) + 1, streak.clamp_max(0) - 1)
+        up = active[self.streak[active] >= self.shrink.patience]
+        down = active[self.streak[active] <= -self.shrink.patience]
+        self.cost[up] = torch.where(self.cost[up] > 0, self.cost[up] * self.shrink.rise, 1e-3)
+        self.cost[down] /= self.shrink.fall
+        self.risen[up], self.fallen[down] = True, True
+        self.streak[up], self.streak[down] = 0, 0
 
 
 def _check(model: Classifier, data: ImageSet, pools: ClassPools, pairs: Tensor) -> None:

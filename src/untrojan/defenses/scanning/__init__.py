@@ -1,0 +1,1 @@
+"""Scanners: is this model backdoored, from the model and a few clean images."""

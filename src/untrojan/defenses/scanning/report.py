@@ -1,0 +1,43 @@
+"""What every scanner answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from untrojan.defenses.cleansing.report import Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class InvertedTrigger:
+    """A trigger that a scanner has found: x' = (1 - mask) x + mask * pattern."""
+
+    mask: Tensor
+    """float (1, H, W) in [0, 1]."""
+    pattern: Tensor
+    """float (C, H, W) in [0, 1]."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] with the trigger."""
+        mask, pattern = self.mask.to(images.device), self.pattern.to(images.device)
+        return (1 - mask) * images + mask * pattern
+
+
+@dataclass(frozen=True, eq=False)
+class ScanReport:
+    """A scanner's answer: ``(model: Classifier, clean: ImageSet) -> ScanReport``."""
+
+    verdict: Verdict
+    targets: tuple[int, ...]
+    """Classes that a backdoor leads to, the most certain first."""
+    statistics: dict[int, dict[str, float]]
+    """For each class what was measured, by name."""
+    triggers: dict[int, InvertedTrigger]
+    """By target class, those that work; found for clean classes too, where they are large."""
+    failed: tuple[int, ...] = ()
+    """Classes for which no working trigger was found: of them nothing is known."""
+    reason: str = ""
+    """One sentence for a person: why this verdict."""
+    evidence: dict[str, Any] = field(default_factory=dict)
