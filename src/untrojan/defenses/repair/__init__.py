@@ -1,0 +1,1 @@
+"""Repairs: a model without its backdoor, from the model and a few clean images."""
