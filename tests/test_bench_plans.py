@@ -211,6 +211,17 @@ def test_the_adaptive_attack_has_a_surrogate_and_a_clean_model(tmp_path: Path) -
     assert surrogate.inputs["poisoned"].config == {"attack": None}
 
 
+def test_a_verdict_is_doubted_unless_the_plan_says_not_to(tmp_path: Path) -> None:
+    name = "signs/small/cross/re/0"
+    audits = [
+        cells_of(tmp_path, SMALL.replace("[defenses.re]\n", f"[defenses.re]\n{line}"))[name].stages["audit"]
+        for line in ("", "canaries = true\n", "canaries = false\n")
+    ]
+    assert audits[0].key == audits[1].key
+    assert "canaries" not in audits[0].config
+    assert audits[2].config["canaries"] is False
+
+
 def test_every_attack_is_shown_to_the_clean_control(tmp_path: Path) -> None:
     cells = cells_of(tmp_path, SMALL)
     clean_model = cells["signs/small/A-1SC/re/0"].stages["clean_model"].inputs["model"]

@@ -146,6 +146,8 @@ class _Expansion:
         if "seed" in options and "seed" not in defense.options:
             options["seed"] = seed
         config: dict[str, Any] = {"cleanser": defense.cleanser, "options": options}
+        if not defense.canaries:
+            config["canaries"] = False
         known = {"data": self.data, "poisoned": poisoned}
         audit = self._stage("audit", config, known | {"probe": probe}, f"{attack} {name} audit", profile=name)
         stages = {

@@ -123,6 +123,9 @@ class DefenseEntry(_Strict):
     """None leaves the set as it is."""
     options: dict[str, Any] = {}
     retrain: bool = True
+    canaries: bool = True
+    """Whether a ``clean`` is doubted until a twin of the probe has shown that it learns faint patterns: one
+    more training. Published comparisons take every verdict at its word."""
     published: str | None = None
     """The defence's name in the published figures; the cleanser's where it is left out."""
 

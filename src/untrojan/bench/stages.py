@@ -98,7 +98,7 @@ def audit(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     images, model = _poisoned(place).train, _model(place.inputs["probe"])
     found = cleanser(images, model, checkpoint=place.scratch / "inversion.safetensors")
     canaries: dict[str, float] = {}
-    if found.verdict == "clean":
+    if found.verdict == "clean" and config.get("canaries", True):
         probe = _record(place.inputs["probe"])["config"]
         canaries = canary_potency(
             images, probe["architecture"], validated(Recipe, probe["recipe"], "recipe"), seed=probe["seed"],
