@@ -12,7 +12,7 @@ import typer
 from typer.main import get_command
 
 from untrojan import __version__
-from untrojan.cli import audit, bench, data, demo, evaluate, options, poison, train
+from untrojan.cli import audit, bench, data, demo, evaluate, options, poison, scan, train
 from untrojan.errors import UntrojanError
 
 BAD_INPUT, CRASH, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
@@ -24,8 +24,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
     epilog=(
-        "Exit status: 0 done (audit: no backdoor found), 1 audit found a backdoor, 2 bad input or usage, "
-        "3 audit is undecided, 70 a bug in this program, 130 interrupted."
+        "Exit status: 0 done (audit, scan: no backdoor found), 1 they found one, 2 bad input or usage, "
+        "3 they are undecided, 70 a bug in this program, 130 interrupted."
     ),
 )
 
@@ -53,6 +53,7 @@ app.command("audit")(audit.audit)
 app.command("poison")(poison.poison)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("scan")(scan.scan)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 

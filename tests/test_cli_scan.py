@@ -1,0 +1,95 @@
+"""``untrojan scan``: exit status, files and words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from untrojan.cli.main import main
+from untrojan.data.image_set import ImageSet, numbered
+from untrojan.data.save import save_npz
+from untrojan.defenses.scanning.neural_cleanse import NeuralCleanse
+from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
+from untrojan.models.checkpoints import save_checkpoint
+from untrojan.models.registry import build_for
+
+NAMES = ("ant", "bee", "d o g")
+
+
+def noise(names: tuple[str, ...] = NAMES) -> ImageSet:
+    images = torch.randint(0, 256, (30, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    return ImageSet(images.to(torch.uint8), torch.arange(30) % 3, names, numbered(30))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A model and images of its classes."""
+    folder = tmp_path_factory.mktemp("scan")
+    save_checkpoint(folder / "model.safetensors", build_for(noise(), "cnn@0.25"), NAMES)
+    save_npz(folder / "images.npz", noise())
+    return str(folder / "model.safetensors"), str(folder / "images.npz")
+
+
+def found(verdict: str) -> ScanReport:
+    mask, pattern = torch.zeros(1, 16, 16), torch.zeros(3, 16, 16)
+    mask[0, 14:, 14:] = 1
+    pattern[0] = 1
+    hit = verdict == "poisoned"
+    return ScanReport(
+        verdict=verdict,  # type: ignore[arg-type]
+        targets=(2,) if hit else (),
+        statistics={label: {"mask_size": 9.0 - label, "flip_fraction": 1.0} for label in range(3)},
+        triggers={2: InvertedTrigger(mask, pattern)},
+        failed=(1,),
+        reason="for a test",
+        evidence={"steps": [1, 2, 3]},
+    )
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("clean", 0), ("poisoned", 1), ("undecided", 3)])
+def test_the_answer_is_a_status_words_and_files(
+    verdict: str, status: int, case: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def scanned(self: NeuralCleanse, model: object, clean: ImageSet, **_: Any) -> ScanReport:
+        assert (len(clean), self.seed, self.schedule) == (30, 4, "paper")
+        return found(verdict)
+
+    monkeypatch.setattr(NeuralCleanse, "__call__", scanned)
+    model, images = case
+    out = tmp_path / "out"
+    arguments = ["scan", model, "--data", images, "--out", str(out), "--seed", "4", "--schedule", "paper"]
+    assert main([*arguments, "--json"]) == status
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    assert metrics["verdict"] == verdict
+    assert metrics["classes"][2] == {"class": 2, "name": "d o g", "mask_size": 7.0, "flip_fraction": 1.0}
+    assert float(load_file(out / "triggers.safetensors")["mask_2"].sum()) == 4
+    assert main([*arguments, "--overwrite"]) == status
+    shown = capsys.readouterr().out
+    assert "no working trigger was found for 1 (bee)" in shown
+    if verdict == "poisoned":
+        assert metrics["target_names"] == ["d o g"]
+        assert "BACKDOOR FOUND: for a test" in shown
+        assert "into class 2 (d o g)" in shown
+        picture = Image.open(out / "trigger_2.png")
+        assert picture.size == (256, 256)
+        assert picture.getpixel((255, 255)) == (255, 0, 0)
+        assert picture.getpixel((0, 0)) == (128, 128, 128)
+    else:
+        assert not list(out.glob("trigger_*.png"))
+
+
+def test_images_of_other_classes_are_refused(
+    case: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_npz(tmp_path / "other.npz", noise(("a", "b", "c")))
+    command = ["scan", case[0], "--data", str(tmp_path / "other.npz"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "its class 0 is 'ant', the data's is 'a'" in capsys.readouterr().err
