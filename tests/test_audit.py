@@ -100,6 +100,7 @@ def test_no_method_and_unknown_settings_are_refused() -> None:
         method_names(" , ")
     assert method_names("ac, re,ac") == ("activation-clustering", "reverse-engineering")
     assert method_names("all") == CLEANSERS.names()
+    assert "subspace-reconstruction" not in method_names("all", trusted=False)
 
 
 def test_metrics_name_classes_and_count_flags(poisoned: PoisonedData, found) -> None:  # type: ignore[no-untyped-def]

@@ -32,8 +32,8 @@ def audit(
         str,
         typer.Option(
             metavar="NAMES",
-            help="re, ac, ... or all, with commas between. The first decides; the others' opinions stand "
-            "beside it.",
+            help="re, ac, ss, ci, sr, spectre, ... or all, with commas between. The first decides; the "
+            "others' opinions stand beside it.",
         ),
     ] = "re",
     level: Annotated[
@@ -97,7 +97,7 @@ def audit(
 
     check_name(net)
     choices = AuditOptions(
-        methods=method_names(method),
+        methods=method_names(method, trusted is not None),
         level=level,
         calibrate=calibrate,
         schedule=schedule,

@@ -14,7 +14,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding
+from untrojan.defenses.cleansing.by_class import REMOVES_ALWAYS, ClassCleanser, ClassFinding
 from untrojan.defenses.cleansing.features import Features
 from untrojan.models.classifier import predictions_of
 from untrojan.training.loop import train_new
@@ -26,7 +26,7 @@ PUBLISHED_LIMITS: dict[Rule, float] = {
     "silhouette": 0.10,
     "relative-size": -0.35,
     "exclusionary-reclassification": -1.0,
-    "smaller": -1.0,
+    "smaller": REMOVES_ALWAYS,
 }
 """The statistic (silhouette; minus the smaller cluster's share; minus the ratio of reclassification) above
 which a class is poisoned. The paper's clean classes had silhouettes below .11; share and ratio are those

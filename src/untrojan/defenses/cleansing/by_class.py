@@ -40,6 +40,10 @@ class ClassFinding:
     """Further figures for the evidence, as JSON types."""
 
 
+REMOVES_ALWAYS = -math.inf
+"""The limit of methods that, as published, detect nothing and remove the suspects of every class."""
+
+
 class ClassCleanser(ABC):
     """A cleanser made of :meth:`examine`. Its dataclass has fields ``level`` and ``significance``."""
 
@@ -53,7 +57,7 @@ class ClassCleanser(ABC):
     @property
     @abstractmethod
     def limit(self) -> float | None:
-        """Classes above it are poisoned; None judges by p-values."""
+        """Classes above it are poisoned; None judges by p-values. See :data:`REMOVES_ALWAYS`."""
 
     @abstractmethod
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
@@ -115,6 +119,8 @@ class ClassCleanser(ABC):
     ) -> str:
         if not statistics:
             return f"no class has {self.fewest} images to look at"
+        if self.limit == REMOVES_ALWAYS:
+            return "as published this method detects nothing: it removes suspects from every class"
         worst = targets[0] if targets else max(statistics, key=lambda label: statistics[label])
         measure = f"statistic {statistics[worst]:.3g}"
         if self.limit is not None:

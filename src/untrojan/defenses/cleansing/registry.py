@@ -27,21 +27,35 @@ CLEANSERS: Registry[Cleanser] = Registry(
     {
         "reverse-engineering": "untrojan.defenses.cleansing.reverse_engineering:ReverseEngineering",
         "activation-clustering": "untrojan.defenses.cleansing.activation_clustering:ActivationClustering",
+        "spectral-signatures": "untrojan.defenses.cleansing.spectral_signatures:SpectralSignatures",
+        "spectre": "untrojan.defenses.cleansing.spectre:Spectre",
+        "cluster-impurity": "untrojan.defenses.cleansing.cluster_impurity:ClusterImpurity",
+        "subspace-reconstruction": (
+            "untrojan.defenses.cleansing.subspace_reconstruction:SubspaceReconstruction"
+        ),
     },
 )
 
-SHORT_NAMES: Mapping[str, str] = {"re": "reverse-engineering", "ac": "activation-clustering"}
+SHORT_NAMES: Mapping[str, str] = {
+    "re": "reverse-engineering",
+    "ac": "activation-clustering",
+    "ss": "spectral-signatures",
+    "ci": "cluster-impurity",
+    "sr": "subspace-reconstruction",
+}
 """The abbreviations that papers use."""
+NEED_TRUSTED_IMAGES = ("subspace-reconstruction",)
 
 
-def method_names(text: str) -> tuple[str, ...]:
+def method_names(text: str, trusted: bool = True) -> tuple[str, ...]:
     """Registered names out of ``re,ac``, ``reverse-engineering`` or ``all``, each once, in the order given.
 
-    Raises UntrojanError for an unknown name and for none.
+    ``all`` leaves out those that need ``trusted`` images where there are none. Raises UntrojanError for an
+    unknown name and for none.
     """
     given = [part.strip() for part in text.split(",") if part.strip()]
     if given == ["all"]:
-        return CLEANSERS.names()
+        return tuple(name for name in CLEANSERS.names() if trusted or name not in NEED_TRUSTED_IMAGES)
     names = [SHORT_NAMES.get(part, part) for part in given]
     for part, name in zip(given, names, strict=True):
         if name not in CLEANSERS.names():
