@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from untrojan.cli import inputs, options
+from untrojan.cli import infect, inputs, options
 
 if TYPE_CHECKING:
     from untrojan.attacks.poisoning import Poisoning
@@ -19,9 +19,15 @@ def poison(
     trigger: Annotated[
         str, typer.Option(metavar="NAME", help="chessboard, patch, blend, ...; a wrong name lists them all.")
     ],
+    attack: Annotated[
+        Literal["sdrm"] | None,
+        typer.Option(help="An attack that owns the training and makes an infected model; the last panel."),
+    ] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="CLASS", help="Class the trigger leads to: a name or a 0-based index."),
+        typer.Option(
+            metavar="CLASS", help="Class the trigger leads to: a name or a 0-based index. SDRM: 0 by default."
+        ),
     ] = None,
     source: Annotated[
         list[str] | None,
@@ -33,7 +39,10 @@ def poison(
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Images poisoned of each source class.")] = None,
     rate: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the whole set poisoned; in place of --count.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of the whole set poisoned; in place of --count. SDRM: 0.1 by default."
+        ),
     ] = None,
     trigger_option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the trigger; repeatable.")
@@ -47,6 +56,13 @@ def poison(
     keep_originals: Annotated[
         bool, typer.Option("--keep-originals", help="Add poisoned images; else they replace their originals.")
     ] = False,
+    net: infect.Net = None,
+    preset: infect.Preset = None,
+    epochs: infect.Epochs = None,
+    strength: infect.Strength = None,
+    levels: infect.Levels = None,
+    form: infect.Form = None,
+    kernel: infect.Kernel = None,
     size: options.Size = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
@@ -56,8 +72,33 @@ def poison(
     """Poison a data set. Writes train.npz, test.npz, triggered.npz and, apart from them, truth/truth.json.
 
     Example: [bold]untrojan poison signs --trigger chessboard --source 3,5 --target 1 --count 60 --out attack[/bold]
+
+    With --attack sdrm, train a model whose backdoor leaves little trace in its features, and write
+    model.safetensors and metrics.json in place of train.npz; a run that was cut off goes on where it was.
+
+    Example: [bold]untrojan poison signs --attack sdrm --trigger patched --lambda 0.3 --epochs 30 --out infected[/bold]
     """  # noqa: E501
     options.begin(threads, quiet)
+    model_options = {
+        "--net": net, "--preset": preset, "--epochs": epochs, "--lambda": strength, "--levels": levels,
+        "--form": form, "--kernel": kernel,
+    }  # fmt: skip
+    if attack is None:
+        infect.refuse(model_options, "needs --attack sdrm, which trains a model: add that, or drop {option}")
+    else:
+        data_options = {
+            "--count": count, "--clean-label": clean_label, "--all-to-all": all_to_all,
+            "--keep-originals": keep_originals,
+        }  # fmt: skip
+        infect.refuse(data_options, "is not for --attack sdrm, which takes --rate and --source: drop it")
+        request = infect.Request(
+            data=data, size=size, trigger=trigger,
+            trigger_options=inputs.key_values(trigger_option, "--trigger-option"),
+            target=target, source=source, rate=rate, net=net, preset=preset, epochs=epochs,
+            strength=strength, levels=levels, form=form, kernel=kernel, seed=seed,
+        )  # fmt: skip
+        infect.infect(request, out, overwrite=overwrite, quiet=quiet)
+        return
     from untrojan.attacks.files import save_triggered
     from untrojan.data.load import load
     from untrojan.data.save import save_npz
@@ -79,19 +120,19 @@ def poison(
     with RunFolder(out, "poison", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)
         folder.use_data("train", splits.train)
-        attack = _attack(settings, target, source, splits.train)
-        made = attack(splits, seed)
+        poisoning = _poisoning(settings, target, source, splits.train)
+        made = poisoning(splits, seed)
         save_npz(folder.staged("train.npz"), made.train)
         save_npz(folder.staged("test.npz"), made.test)
         save_triggered(folder.staged("triggered.npz"), made.triggered_test, made.test.class_names)
         folder.write_json("truth/truth.json", made.record.to_json())
         folder.write_tensors("truth/trigger.safetensors", made.record.tensors)
     if not quiet:
-        _summary(attack, splits.train, int(made.record.poisoned.sum()), len(made.train))
+        _summary(poisoning, splits.train, int(made.record.poisoned.sum()), len(made.train))
         options.say(f"written: {out}/train.npz, test.npz, triggered.npz; the truth: {out}/truth/")
 
 
-def _attack(
+def _poisoning(
     settings: dict[str, Any], target: str | None, source: list[str] | None, train: ImageSet
 ) -> Poisoning:
     from untrojan.attacks.poisoning import Poisoning
@@ -107,9 +148,9 @@ def _attack(
     return validated(Poisoning, chosen, "the attack")
 
 
-def _summary(attack: Poisoning, train: ImageSet, poisoned: int, images: int) -> None:
-    goal = "the next class" if attack.target is None else options.named(train, attack.target)
-    classes = attack.poisoned_classes(train.num_classes)
+def _summary(poisoning: Poisoning, train: ImageSet, poisoned: int, images: int) -> None:
+    goal = "the next class" if poisoning.target is None else options.named(train, poisoning.target)
+    classes = poisoning.poisoned_classes(train.num_classes)
     sources = ", ".join(options.named(train, label) for label in classes[:20])
     more = ", ..." if len(classes) > 20 else ""
-    options.say(f"{poisoned} of {images} images poisoned with {attack.trigger}: {sources}{more} -> {goal}")
+    options.say(f"{poisoned} of {images} images poisoned with {poisoning.trigger}: {sources}{more} -> {goal}")

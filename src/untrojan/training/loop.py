@@ -26,6 +26,9 @@ BatchLoss = Callable[[Classifier, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
 """(model, float images, labels, row numbers in the set) -> scalar loss and logits (N, K)."""
 BatchTransform = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(uint8 images, labels, generator) -> images and labels, before augmentation: a noise mode, say."""
+AugmentedTransform = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""(float images, labels, row numbers, generator) -> images and labels, after augmentation: a trigger that
+must not be cropped or mirrored, say."""
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -62,13 +65,17 @@ def train(
     description: str = "training",
     loss: BatchLoss | None = None,
     batch_transform: BatchTransform | None = None,
+    augmented_transform: AugmentedTransform | None = None,
+    method: str = "",
     after_epoch: Callable[[int, Epoch], None] | None = None,
 ) -> TrainingHistory:
     """Train ``model`` in place and leave it in evaluation mode.
 
     Every random choice of a step depends on the seed and the step's number alone, so a run that resumes
     from ``checkpoint`` (written about every half minute, removed by nobody) takes the very steps it would
-    have taken: the same seed on the same number of threads gives the same weights bit for bit.
+    have taken: the same seed on the same number of threads gives the same weights bit for bit. ``method``
+    is whatever else decides the weights, such as what ``loss`` is and its settings, as text: the checkpoint
+    of another method is another run's.
 
     Raises UntrojanError where the loss stops being a number, the checkpoint belongs to another run, or
     the model has not as many outputs as the data have classes.
@@ -79,7 +86,16 @@ def train(
             "they must be as many"
         )
     model.precision = recipe.precision
-    run = _Run(model, data, recipe, seed, loss or _cross_entropy(recipe), batch_transform)
+    run = _Run(
+        model,
+        data,
+        recipe,
+        seed,
+        loss or _cross_entropy(recipe),
+        batch_transform,
+        augmented_transform,
+        method,
+    )
     run.restore(checkpoint)
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
@@ -146,9 +162,12 @@ class _Run:
         seed: int,
         loss: BatchLoss,
         batch_transform: BatchTransform | None,
+        augmented_transform: AugmentedTransform | None,
+        method: str,
     ) -> None:
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         self.loss, self.batch_transform = loss, batch_transform
+        self.augmented_transform, self.method = augmented_transform, method
         self.images, self.labels = data.images.to(model.device), data.labels.to(model.device)
         # A last batch of one image has no variance for batch norm to divide by.
         self.steps_an_epoch = -(-len(data) // recipe.batch_size)
@@ -193,6 +212,8 @@ class _Run:
         images = augment(
             images, random, crop_padding=recipe.crop_padding, flip=recipe.flip, rotation=recipe.rotation
         )
+        if self.augmented_transform is not None:
+            images, labels = self.augmented_transform(images, labels, rows, random)
         value, logits = self.loss(self.model, images, labels, rows)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -224,7 +245,8 @@ class _Run:
         return epoch
 
     def _identity(self) -> dict[str, Any]:
-        return {"recipe": repr(self.recipe), "seed": self.seed, "data": self.data.fingerprint()}
+        identity = {"recipe": repr(self.recipe), "seed": self.seed, "data": self.data.fingerprint()}
+        return {**identity, "method": self.method} if self.method else identity
 
     def save(self, path: Path) -> None:
         """Write everything the run would need to go on, or nothing."""
