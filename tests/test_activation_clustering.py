@@ -79,6 +79,8 @@ def test_calibrated_against_trusted_images() -> None:
     assert report.targets == (2,)
     assert torch.equal(report.flagged, truth)
     renamed = replace(trusted, class_names=tuple(reversed(trusted.class_names)))
+    with pytest.raises(UntrojanError, match="no trusted images"):
+        Features(pixels_as_features(), data, trusted.select(trusted.labels < 0))
     with pytest.raises(UntrojanError, match="trusted images must have the classes of the data"):
         Features(pixels_as_features(), data, renamed)
 
@@ -150,8 +152,18 @@ def test_outlying_classes_are_peeled() -> None:
     quiet = dict(enumerate([1.0, 1.1, 0.9, 1.05, 0.95, 1.02, 0.98, 1.07]))
     assert outlying_classes(quiet, 0.05)[0] == []
     assert outlying_classes({**quiet, 3: 3.0}, 0.05)[0] == [3]
-    found, log_p = outlying_classes({**quiet, 3: 30.0, 5: 3.0}, 0.05)
+    found, log_p = outlying_classes({**quiet, 3: 300.0, 5: 30.0}, 0.05)
     assert found == [3, 5]
+    # A second target takes a hundredth of the significance.
+    assert outlying_classes({**quiet, 3: 30.0, 5: 1.4}, 0.05)[0] == [3]
+    assert outlying_classes({**quiet, 5: 1.4}, 0.05)[0] == [5]
     assert log_p[3] < log_p[0]
     assert outlying_classes({0: 1.0, 1: 9.0}, 0.05)[0] == []
     assert outlying_classes({}, 0.05) == ([], {})
+
+
+def test_ties_make_no_outlier() -> None:
+    """Of nine equal values and one that is a little larger, all that is known is that it is the largest."""
+    assert log_upper_prediction(0.1001, [0.1] * 9) == pytest.approx(-math.log(10))
+    assert log_upper_prediction(0.1, [0.1] * 9) == 0.0
+    assert outlying_classes({c: 0.5 if c == 4 else 0.0 for c in range(10)}, 0.05)[0] == []

@@ -32,8 +32,8 @@ def audit(
         str,
         typer.Option(
             metavar="NAMES",
-            help="re, ac, ss, ci, sr, spectre, ... or all, with commas between. The first decides; the "
-            "others' opinions stand beside it.",
+            help="re, ac, ss, ci, sr, spectre, strip, scan, beatrix, with commas between; or all. The first "
+            "decides; the others' opinions stand beside it.",
         ),
     ] = "re",
     level: Annotated[

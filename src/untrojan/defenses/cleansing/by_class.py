@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,6 +53,8 @@ class ClassCleanser(ABC):
     """The share of clean sets that may be called poisoned where there is no limit."""
     fewest: ClassVar[int] = 4
     """Smaller classes are left out, and named in the evidence."""
+    least_spread: ClassVar[float] = 0.0
+    """The least standard deviation of clean classes' statistics, however alike those at hand are."""
 
     @property
     @abstractmethod
@@ -82,7 +84,7 @@ class ClassCleanser(ABC):
         else:
             null = None if features.trusted is None else self.examine_all(features.trusted)
             values = None if null is None else [finding.statistic for finding in null.values()]
-            targets, log_p_values = outlying_classes(statistics, self.significance, values)
+            targets, log_p_values = outlying_classes(statistics, self.significance, values, self.least_spread)
         flagged, scores = torch.zeros(len(train), dtype=torch.bool), torch.zeros(len(train))
         for label, finding in found.items():
             rows = train.indices_of(label)
@@ -151,45 +153,64 @@ class ClassCleanser(ABC):
         return evidence
 
 
+def with_statistics(
+    found: Mapping[int, ClassFinding], scale: Callable[[Tensor], Tensor]
+) -> dict[int, ClassFinding]:
+    """The findings with their statistics put on another scale, which may be one that compares classes."""
+    scaled = scale(torch.tensor([each.statistic for each in found.values()], dtype=torch.float64)).tolist()
+    return {
+        label: replace(each, statistic=value)
+        for (label, each), value in zip(found.items(), scaled, strict=True)
+    }
+
+
 def outlying_classes(
-    statistics: Mapping[int, float], significance: float, null: list[float] | None = None
+    statistics: Mapping[int, float],
+    significance: float,
+    null: list[float] | None = None,
+    least_spread: float = 0.0,
 ) -> tuple[list[int], dict[int, float]]:
     """Classes whose statistic the null does not explain, the clearest first, and each class's ln p-value.
 
     ``null`` are statistics of clean classes; without them the null of a class is all the others, less those
     found before. Either way the class is taken as one more draw from a normal distribution of unknown mean
     and variance: Student's prediction interval, exact for any number of classes. The smallest of the p-values
-    is corrected for the number of classes.
+    is corrected for the number of classes. Further classes are found at a hundredth of ``significance``: as in
+    RE, a second target that is none costs a clean class its images.
     """
     targets: list[int] = []
     first: dict[int, float] = {}
     while len(targets) < max(1, len(statistics) // 2):
         left = {label: value for label, value in statistics.items() if label not in targets}
         log_p = {
-            label: log_upper_prediction(value, null or [v for c, v in left.items() if c != label])
+            label: log_upper_prediction(
+                value, null or [v for c, v in left.items() if c != label], least_spread
+            )
             for label, value in left.items()
         }
         first = first or log_p
         if not log_p:
             break
         clearest = min(log_p, key=lambda label: log_p[label])
-        if log_smallest_of(log_p[clearest], len(log_p)) > math.log(significance):
+        level = significance / 100 if targets else significance
+        if log_smallest_of(log_p[clearest], len(log_p)) > math.log(level):
             break
         targets.append(clearest)
     return targets, first
 
 
-def log_upper_prediction(value: float, null: list[float]) -> float:
+def log_upper_prediction(value: float, null: list[float], least_spread: float = 0.0) -> float:
     """ln of the chance that one more draw from the normal distribution behind ``null`` reaches ``value``.
 
-    0 (a chance of one) where two values or fewer leave nothing to judge by.
+    0 (a chance of one) where fewer than two values leave nothing to judge by. Equal values show no spread:
+    all that can be said of one above them is that it ranks first, unless a ``least_spread`` is known.
     """
     from scipy.stats import t
 
     count = len(null)
     if count < 2:
         return 0.0
-    mean, deviation = float(np.mean(null)), float(np.std(null, ddof=1))
-    # Equal values have no spread: a relative spread of a millionth stands in for none.
-    deviation = max(deviation, 1e-6 * max(abs(mean), abs(value)), 1e-300)
+    mean, deviation = float(np.mean(null)), max(float(np.std(null, ddof=1)), least_spread)
+    if deviation <= 1e-9 * max(abs(mean), abs(value), 1e-300):
+        return -math.log(count + 1) if value > max(null) else 0.0
     return float(t.logsf((value - mean) / (deviation * math.sqrt(1 + 1 / count)), count - 1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Interval
@@ -94,6 +94,9 @@ class ClusterImpurity(ClassCleanser):
     level: str = "penultimate"
     significance: Annotated[float, Interval(gt=0, lt=1)] = 0.05
     seed: int = 0
+
+    # -ln of shares: where blurring changes no prediction, all classes are exactly 0.
+    least_spread: ClassVar[float] = 0.01
 
     @property
     def limit(self) -> float | None:

@@ -44,6 +44,8 @@ class Features:
             raise UntrojanError(
                 f"the model has {model.num_classes} outputs and the data have {data.num_classes} classes"
             )
+        if trusted is not None and not len(trusted):
+            raise UntrojanError("there are no trusted images in the set given for them")
         if trusted is not None and trusted.class_names != data.class_names:
             raise UntrojanError(
                 "the trusted images must have the classes of the data, in the same order: "

@@ -29,6 +29,9 @@ CLEANSERS: Registry[Cleanser] = Registry(
         "activation-clustering": "untrojan.defenses.cleansing.activation_clustering:ActivationClustering",
         "spectral-signatures": "untrojan.defenses.cleansing.spectral_signatures:SpectralSignatures",
         "spectre": "untrojan.defenses.cleansing.spectre:Spectre",
+        "strip": "untrojan.defenses.cleansing.strip:Strip",
+        "scan": "untrojan.defenses.cleansing.scan:StatisticalContamination",
+        "beatrix": "untrojan.defenses.cleansing.beatrix:Beatrix",
         "cluster-impurity": "untrojan.defenses.cleansing.cluster_impurity:ClusterImpurity",
         "subspace-reconstruction": (
             "untrojan.defenses.cleansing.subspace_reconstruction:SubspaceReconstruction"

@@ -14,6 +14,7 @@ from annotated_types import Gt, Interval
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
+from untrojan.defenses.outliers import anomaly_indices
 from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
 from untrojan.inversion.engine import ANY, Adam, Inversion, Schedule, Shrink, invert
 from untrojan.inversion.masked import MaskedPattern
@@ -36,22 +37,8 @@ FAST = Schedule(
     shrink=Shrink(cost=1e-3, look_every=8, patience=2, rise=2.0, fall=2.0**1.5, give_up=12),
 )
 
-CONSISTENT = 1.4826
-"""A normal distribution's standard deviation is so many median absolute deviations."""
 FEWEST_CLASSES = 3
 """Fewer classes with a working trigger have no median to stand out from."""
-
-
-def anomaly_indices(sizes: Tensor) -> Tensor:
-    """How many deviations each size (K,) lies below the median, (K,); negative above it (section IV-C).
-
-    Deviations are estimated by the median absolute deviation. Where more than half of the sizes are equal,
-    a millionth of the median stands in for it.
-    """
-    median = sizes.median() if len(sizes) % 2 else sizes.sort().values[len(sizes) // 2 - 1 :][:2].mean()
-    away = (sizes - median).abs()
-    spread = away.median() if len(sizes) % 2 else away.sort().values[len(sizes) // 2 - 1 :][:2].mean()
-    return (median - sizes) / (CONSISTENT * spread).clamp_min(1e-6 * float(median) + 1e-12)
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,8 @@ class NeuralCleanse:
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.99
     """The share of clean images that a trigger must carry over."""
     anomaly_limit: Annotated[float, Gt(0)] = 2.0
-    """A class is suspected above this anomaly index; 2 is the paper's, for 95 % of a normal distribution."""
+    """A class is suspected where its mask lies more deviations below the median than this; 2 is the paper's,
+    for 95 % of a normal distribution."""
     seed: int = 0
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> ScanReport:
@@ -87,7 +75,7 @@ class NeuralCleanse:
         masks, patterns = problem.trigger(found.parameters)
         sizes = problem.size(found.parameters)
         solved = found.solved.nonzero().flatten()
-        indices = dict(zip(solved.tolist(), anomaly_indices(sizes[solved]).tolist(), strict=True))
+        indices = dict(zip(solved.tolist(), anomaly_indices(-sizes[solved]).tolist(), strict=True))
         suspected = [label for label, index in indices.items() if index > self.anomaly_limit]
         suspected.sort(key=lambda label: -indices[label])
         statistics = {
