@@ -222,6 +222,18 @@ def test_a_verdict_is_doubted_unless_the_plan_says_not_to(tmp_path: Path) -> Non
     assert audits[2].config["canaries"] is False
 
 
+def test_a_second_probe_is_asked_by_the_audit_alone(tmp_path: Path) -> None:
+    name = "signs/small/cross/re/0"
+    text = SMALL.replace('probe = "quick-probe"', 'probe = "quick-probe"\nsecond_probe = "quick"')
+    one, two = cells_of(tmp_path, SMALL)[name], cells_of(tmp_path, text)[name]
+    assert two.stages["audit"].inputs["second_probe"].key == two.stages["undefended"].inputs["model"].key
+    assert two.stages["audit"].inputs["probe"].key == one.stages["audit"].inputs["probe"].key
+    assert two.stages["undefended"].key == one.stages["undefended"].key
+    assert two.stages["audit"].key != one.stages["audit"].key
+    with pytest.raises(UntrojanError, match=r"nets\.small\.second_probe.*'quik'"):
+        read_plan(written(tmp_path, text.replace('second_probe = "quick"', 'second_probe = "quik"')))
+
+
 def test_every_attack_is_shown_to_the_clean_control(tmp_path: Path) -> None:
     cells = cells_of(tmp_path, SMALL)
     clean_model = cells["signs/small/A-1SC/re/0"].stages["clean_model"].inputs["model"]

@@ -21,6 +21,7 @@ from untrojan.defenses.cleansing.probe import (
 )
 from untrojan.defenses.cleansing.registry import Cleanser, build_with
 from untrojan.defenses.cleansing.report import CleansingReport, Verdict
+from untrojan.defenses.cleansing.several_probes import best_potency, clearest, sharing_significance
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier
 from untrojan.training.loop import train_new
@@ -56,6 +57,9 @@ class AuditOptions:
     """How the probe net is trained: ``auto`` (``desk-probe`` with epochs to suit the set's size), a preset's
     name, or a recipe. It should not augment: the probe must learn
     the true pattern and not shifted copies of it (RE, section 5.2.1)."""
+    second_recipe: str | Recipe | None = None
+    """How a second probe is trained, which is asked as well; see
+    :mod:`untrojan.defenses.cleansing.several_probes`."""
     seed: int = 0
 
     def cleansers(self) -> dict[str, Cleanser]:
@@ -71,11 +75,13 @@ class AuditOptions:
             settings["threshold"] = "calibrated"
         return {name: build_with(name, settings) for name in self.methods}
 
-    def training_recipe(self, images: int) -> Recipe:
-        """The recipe for a set of so many images. Raises UntrojanError for an unknown preset."""
-        if self.recipe == "auto":
-            return probe_recipe(images)
-        return preset(self.recipe) if isinstance(self.recipe, str) else self.recipe
+    def training_recipes(self, images: int) -> tuple[Recipe, ...]:
+        """The probes' recipes for a set of so many images. Raises UntrojanError for an unknown preset."""
+        given = [self.recipe] if self.second_recipe is None else [self.recipe, self.second_recipe]
+        return tuple(
+            probe_recipe(images) if each == "auto" else preset(each) if isinstance(each, str) else each
+            for each in given
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,7 +120,7 @@ def audit(
     trusted: ImageSet | None = None,
     work: Path | None = None,
 ) -> Audit:
-    """Train a probe net (or take ``model``, trained on ``train``), run the methods, doubt the result.
+    """Train probe nets (or take ``model``, trained on ``train``), run the methods, doubt the result.
 
     ``trusted`` are images that are known to be clean, for methods that can use some. ``work`` holds
     checkpoints, from which a killed audit resumes. A verdict of ``clean`` stands only where a twin of the
@@ -124,55 +130,82 @@ def audit(
     and there are none.
     """
     cleansers = options.cleansers()
-    recipe = options.training_recipe(len(train))
-    given = model is not None
 
     def checkpoint(name: str) -> Path | None:
         return None if work is None else work / name
 
     with measure() as probe_cost:
-        if model is None:
-            path = checkpoint("probe.pt")
-            model, _ = train_new(
-                train, options.net, recipe, seed=options.seed, checkpoint=path,
-                description="training the probe",
-            )  # fmt: skip
-        elif model.num_classes != train.num_classes:
-            raise UntrojanError(
-                f"the model has {model.num_classes} outputs and the data have {train.num_classes} classes: "
-                "audit a set with the model trained on it, or let the audit train its own"
-            )
-    costs = {"probe net": probe_cost}
-    reports = _opinions(Features(model, train, trusted), cleansers, costs, checkpoint)
-    report = reports.pop(options.methods[0])
+        probes = _probes(train, options, checkpoint) if model is None else [_fitting(model, train)]
+    costs = {"probe net" if len(probes) == 1 else "probe nets": probe_cost}
+    cleansers = {name: sharing_significance(each, len(probes)) for name, each in cleansers.items()}
+    answers = [
+        _opinions(Features(probe, train, trusted), cleansers, costs, checkpoint, i)
+        for i, probe in enumerate(probes)
+    ]
+    best = {name: clearest([answer[name] for answer in answers]) for name in cleansers}
+    report, place = best.pop(options.methods[0])
     canaries: dict[str, float] = {}
-    if report.verdict == "clean" and not given:
+    if report.verdict == "clean" and model is None:
         with measure() as costs["canary check"]:
-            path = checkpoint("twin.pt")
-            canaries = canary_potency(train, options.net, recipe, seed=options.seed, checkpoint=path)
-    check = ProbeCheck(training_accuracy(model, train), canaries)
-    probe = "the given model" if given else options.net
-    return Audit(doubted(report, check), model, check, costs, probe, reports)
+            canaries = _canaries(train, options, checkpoint)
+    check = ProbeCheck(training_accuracy(probes[place], train), canaries)
+    name = options.net if model is None else "the given model"
+    opinions = {method: opinion for method, (opinion, _) in best.items()}
+    return Audit(doubted(report, check), probes[place], check, costs, name, opinions)
+
+
+Checkpoints = Callable[[str], Path | None]
+"""A name to the file that a stage resumes from, where there is a folder for it."""
+
+
+def _probes(train: ImageSet, options: AuditOptions, checkpoint: Checkpoints) -> list[Classifier]:
+    return [
+        train_new(
+            train, options.net, recipe, seed=options.seed, checkpoint=checkpoint(f"probe{i or ''}.pt"),
+            description=f"training probe {i + 1}" if i else "training the probe",
+        )[0]
+        for i, recipe in enumerate(options.training_recipes(len(train)))
+    ]  # fmt: skip
+
+
+def _fitting(model: Classifier, train: ImageSet) -> Classifier:
+    if model.num_classes != train.num_classes:
+        raise UntrojanError(
+            f"the model has {model.num_classes} outputs and the data have {train.num_classes} classes: "
+            "audit a set with the model trained on it, or let the audit train its own"
+        )
+    return model
+
+
+def _canaries(train: ImageSet, options: AuditOptions, checkpoint: Checkpoints) -> dict[str, float]:
+    return best_potency([
+        canary_potency(
+            train, options.net, recipe, seed=options.seed, checkpoint=checkpoint(f"twin{i or ''}.pt")
+        )
+        for i, recipe in enumerate(options.training_recipes(len(train)))
+    ])  # fmt: skip
 
 
 def _opinions(
     features: Features,
     cleansers: Mapping[str, Cleanser],
     costs: dict[str, Cost],
-    checkpoint: Callable[[str], Path | None],
+    checkpoint: Checkpoints,
+    probe: int,
 ) -> dict[str, CleansingReport]:
-    """What each method says; those that judge by features share one pass over the set."""
+    """What each method says of one probe; those that judge by features share one pass over the set."""
+    suffix = f" (probe {probe + 1})" if probe else ""
     by_class = [cleanser for cleanser in cleansers.values() if isinstance(cleanser, ClassCleanser)]
     if by_class:
-        with measure() as costs["features"]:
+        with measure() as costs["features" + suffix]:
             features.extract([cleanser.level for cleanser in by_class])
     reports: dict[str, CleansingReport] = {}
     for name, cleanser in cleansers.items():
-        with measure() as costs[name]:
+        with measure() as costs[name + suffix]:
             if isinstance(cleanser, ClassCleanser):
                 reports[name] = cleanser.judge(features)
             else:
-                path = checkpoint(f"{name}.safetensors")
+                path = checkpoint(f"{name}{probe or ''}.safetensors")
                 reports[name] = cleanser(features.data, features.model, checkpoint=path)
     return reports
 
@@ -341,7 +374,7 @@ def _opinion_rows(found: Audit, options: AuditOptions) -> Any:
             log10_p_value=report.evidence.get("log10_p_value"),
             flagged=int(report.flagged.sum()),
             in_common=int((report.flagged & found.report.flagged).sum()),
-            seconds=found.costs[name].seconds,
+            seconds=sum(cost.seconds for stage, cost in found.costs.items() if stage.startswith(name)),
             reason=report.reason,
         )
         for name, report in reports.items()

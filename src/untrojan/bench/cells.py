@@ -41,7 +41,8 @@ class _Resolved:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        names = dict.fromkeys(name for net in plan.nets.values() for name in (net.victim, net.probe))
+        recipes = ((net.victim, net.probe, net.second_probe) for net in plan.nets.values())
+        names = dict.fromkeys(name for each in recipes for name in each if name is not None)
         self.recipes = {name: options_of(plan.recipe(name)) for name in names}
         self.attacks = {name: _attack_options(entry) for name, entry in plan.attacks.items()}
         self.defenses = {name: _defense_options(entry) for name, entry in plan.defenses.items()}
@@ -149,7 +150,11 @@ class _Expansion:
         if not defense.canaries:
             config["canaries"] = False
         known = {"data": self.data, "poisoned": poisoned}
-        audit = self._stage("audit", config, known | {"probe": probe}, f"{attack} {name} audit", profile=name)
+        probes = {"probe": probe}
+        if self.net.second_probe is not None:
+            second = self._trained(self.net.second_probe, poisoned, seed, f"{attack} second probe")
+            probes["second_probe"] = second
+        audit = self._stage("audit", config, known | probes, f"{attack} {name} audit", profile=name)
         stages = {
             "probe": self._evaluated(probe, poisoned, f"{attack} probe's accuracy"),
             "audit": audit,

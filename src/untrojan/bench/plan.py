@@ -65,6 +65,8 @@ class NetEntry(_Strict):
     """The recipe, of this plan or a preset's name, of the model that is attacked, and of retraining."""
     probe: str
     """The recipe of the defender's own classifier."""
+    second_probe: str | None = None
+    """The recipe of another one that the defender asks as well."""
 
 
 class AttackEntry(_Strict):
@@ -286,6 +288,8 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
         yield f"nets.{name}.architecture", partial(check_name, net.architecture)
         yield f"nets.{name}.victim", partial(plan.recipe, net.victim)
         yield f"nets.{name}.probe", partial(plan.recipe, net.probe)
+        if net.second_probe is not None:
+            yield f"nets.{name}.second_probe", partial(plan.recipe, net.second_probe)
     for name in plan.recipes:
         yield f"recipes.{name}", partial(plan.recipe, name)
     for name, attack in plan.attacks.items():

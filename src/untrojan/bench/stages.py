@@ -83,28 +83,38 @@ def evaluate(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 
 
 def audit(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """Run a cleanser and doubt it, as ``untrojan audit`` does. It gets the training set and the probe, and
+    """Run a cleanser and doubt it, as ``untrojan audit`` does. It gets the training set and the probes, and
     nothing else."""
     from safetensors.torch import save_file
 
     from untrojan.audit import doubted
     from untrojan.defenses.cleansing.probe import ProbeCheck, canary_potency, training_accuracy
     from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.defenses.cleansing.several_probes import best_potency, clearest, sharing_significance
     from untrojan.registry import validated
     from untrojan.runs import json_text, write_bytes_atomically
     from untrojan.training.recipe import Recipe
 
+    folders = [place.inputs[name] for name in ("probe", "second_probe") if name in place.inputs]
+    models = [_model(folder) for folder in folders]
     cleanser = CLEANSERS.build(config["cleanser"], config["options"])
-    images, model = _poisoned(place).train, _model(place.inputs["probe"])
-    found = cleanser(images, model, checkpoint=place.scratch / "inversion.safetensors")
+    cleanser = sharing_significance(cleanser, len(models))
+    images = _poisoned(place).train
+    found, best = clearest([
+        cleanser(images, model, checkpoint=place.scratch / f"inversion{index or ''}.safetensors")
+        for index, model in enumerate(models)
+    ])  # fmt: skip
     canaries: dict[str, float] = {}
     if found.verdict == "clean" and config.get("canaries", True):
-        probe = _record(place.inputs["probe"])["config"]
-        canaries = canary_potency(
-            images, probe["architecture"], validated(Recipe, probe["recipe"], "recipe"), seed=probe["seed"],
-            checkpoint=place.scratch / "twin.pt", device=_device(),
-        )  # fmt: skip
-    check = ProbeCheck(training_accuracy(model, images), canaries)
+        probes = [_record(folder)["config"] for folder in folders]
+        canaries = best_potency([
+            canary_potency(
+                images, probe["architecture"], validated(Recipe, probe["recipe"], "recipe"),
+                seed=probe["seed"], checkpoint=place.scratch / f"twin{index or ''}.pt", device=_device(),
+            )
+            for index, probe in enumerate(probes)
+        ])  # fmt: skip
+    check = ProbeCheck(training_accuracy(models[best], images), canaries)
     report = doubted(found, check)
     save_file({"flagged": report.flagged, "scores": report.scores}, place.out / FLAGS)
     evidence = dict(report.evidence)

@@ -28,6 +28,14 @@ def audit(
     std: options.Std = None,
     net: options.Net = "patch-cnn",
     preset: Annotated[str, typer.Option(metavar="NAME", help="The probe's training recipe.")] = "auto",
+    second_preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Ask a second probe too, trained by this recipe: desk-victim, which augments, sees local "
+            "patterns in photographs better.",
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -104,9 +112,10 @@ def audit(
         significance=false_alarm_rate,
         net=net,
         recipe=preset,
+        second_recipe=second_preset,
         seed=seed,
     )
-    choices.training_recipe(1)
+    choices.training_recipes(1)
     choices.cleansers()
     if write_clean is not None:
         inputs.new_data(write_clean, overwrite, "--write-clean")

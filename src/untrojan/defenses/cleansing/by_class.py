@@ -175,8 +175,8 @@ def outlying_classes(
     ``null`` are statistics of clean classes; without them the null of a class is all the others, less those
     found before. Either way the class is taken as one more draw from a normal distribution of unknown mean
     and variance: Student's prediction interval, exact for any number of classes. The smallest of the p-values
-    is corrected for the number of classes. Further classes are found at a hundredth of ``significance``: as in
-    RE, a second target that is none costs a clean class its images.
+    is corrected for the number of classes. Further classes are found at a hundredth of ``significance``: as
+    in RE, a second target that is none costs a clean class its images.
     """
     targets: list[int] = []
     first: dict[int, float] = {}
