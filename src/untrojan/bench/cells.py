@@ -9,6 +9,7 @@ from typing import Any
 from untrojan.bench.graph import Cell, Stage
 from untrojan.bench.plan import AttackEntry, DefenseEntry, NetEntry, Plan, matching
 from untrojan.bench.versions import VERSIONS
+from untrojan.errors import UntrojanError
 from untrojan.registry import options_of
 
 COMPUTED_TRIGGERS = ("universal",)
@@ -51,6 +52,8 @@ class _Resolved:
 def _attack_options(entry: AttackEntry) -> dict[str, Any] | None:
     if entry.clean:
         return None
+    if entry.sdrm is not None:
+        return {"infection": options_of(entry.sdrm.infection()), "method": options_of(entry.sdrm.method())}
     # Names of classes stay names: what they stand for is known once the data are.
     named = entry.model_dump(include={"target", "sources"}, exclude_none=True)
     return options_of(entry.poisoning()) | named
@@ -78,6 +81,8 @@ class _Expansion:
 
     def cell(self, attack_name: str, defense_name: str) -> Cell:
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
+        if attack.sdrm is not None or defense.exposure is not None:
+            return self._infected_cell(attack_name, defense_name)
         # Controls differ by their training; the attack's draw and the victim's training share one seed.
         seed = self.seed + attack.seed_offset
         options = self.resolved.attacks[attack_name]
@@ -89,13 +94,7 @@ class _Expansion:
             stages["clean_model"] = self._clean_model(poisoned, attack_name)
         if defense.cleanser is not None:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
-        axes: dict[str, str | int] = {
-            "data": self.data_name,
-            "net": self.net_name,
-            "attack": attack_name,
-            "defense": defense_name,
-            "seed": self.seed,
-        }
+        axes = self._axes(attack_name, defense_name)
         config = {
             "data": dict(self.data.config),
             "architecture": self.net.architecture,
@@ -105,6 +104,43 @@ class _Expansion:
             "defense": dict(stages["audit"].config) if "audit" in stages else None,
         }
         return Cell(axes, stages, config)
+
+    def _infected_cell(self, attack_name: str, defense_name: str) -> Cell:
+        """A model that its trainer infected, and a detector that is asked about it."""
+        attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
+        options = self.resolved.attacks[attack_name]
+        if attack.sdrm is None or options is None or (defense.cleanser and not defense.exposure):
+            raise UntrojanError(
+                f"cell {attack_name}/{defense_name}: infected models (sdrm) and exposure go together: keep "
+                "other attacks and defences apart by [[grid]]"
+            )
+        recipe = self.resolved.recipes[self.net.victim]
+        seed = self.seed + attack.seed_offset
+        config = {"architecture": self.net.architecture, "recipe": recipe, "seed": seed, **options}
+        infected = self._stage(
+            "infect", config, {"data": self.data}, f"{attack_name} model", profile=self.net.victim
+        )
+        stages = {"data": self.data, "undefended": infected}
+        asked: dict[str, Any] | None = None
+        if defense.exposure is not None:
+            chosen = dict(self.resolved.defenses[defense_name])
+            asked = {"cleanser": defense.cleanser, "options": chosen, "seed": seed}
+            asked |= defense.exposure.model_dump()
+            stages["exposure"] = self._stage(
+                "expose", asked, {"data": self.data, "infected": infected}, f"{attack_name} {defense_name}",
+                profile=defense_name,
+            )  # fmt: skip
+        axes = self._axes(attack_name, defense_name)
+        return Cell(axes, stages, {"data": dict(self.data.config), "attack": config, "defense": asked})
+
+    def _axes(self, attack_name: str, defense_name: str) -> dict[str, str | int]:
+        return {
+            "data": self.data_name,
+            "net": self.net_name,
+            "attack": attack_name,
+            "defense": defense_name,
+            "seed": self.seed,
+        }
 
     def _poisoned(self, name: str, options: dict[str, Any] | None, seed: int) -> Stage:
         if options is None:

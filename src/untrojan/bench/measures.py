@@ -25,6 +25,22 @@ MEASURES: Mapping[str, Measure] = {
     "undefended.benign_accuracy": Measure("ACC", "share", of_defense=False),
     "undefended.accuracy_drop": Measure("ACC below clean", "share", of_defense=False),
     "undefended.poison_fit": Measure("poison learned", "share", of_defense=False),
+    **{
+        f"undefended.{key}_{level}": Measure(f"{label} {level}", "number", of_defense=False)
+        for level in ("s1", "s2", "s3")
+        for key, label in (
+            ("mmd", "MMD²"),
+            ("mmd_unbiased", "unbiased MMD²"),
+            ("intra", "intra-class"),
+            ("inter", "inter-class"),
+        )
+    },
+    "exposure.f1": Measure("F1", "share"),
+    "exposure.best_f1": Measure("best F1", "share"),
+    "exposure.auc": Measure("AUC", "share"),
+    "exposure.detected": Measure("detected", "yes"),
+    "exposure.false_alarm": Measure("false alarm", "yes"),
+    "exposure.triggered": Measure("triggered images", "number"),
     "clean_model.attack_success": Measure("ASR of a clean model", "share", of_defense=False),
     "probe.attack_success": Measure("probe ASR", "share"),
     "probe.benign_accuracy": Measure("probe ACC", "share"),

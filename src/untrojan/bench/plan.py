@@ -22,7 +22,9 @@ from untrojan.bench.published import PUBLISHED
 from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
+    from untrojan.attacks.infect import Infection
     from untrojan.attacks.poisoning import Poisoning
+    from untrojan.attacks.sdrm import StatisticalDifferenceReduction
     from untrojan.training.recipe import Recipe
 
 LARGEST_PLAN = 2**20
@@ -69,11 +71,48 @@ class NetEntry(_Strict):
     """The recipe of another one that the defender asks as well."""
 
 
+class SdrmEntry(_Strict):
+    """A model infected by whoever trained it; see :mod:`untrojan.attacks.infect`."""
+
+    trigger: str
+    """``patched``, ``blended``, ``sig``, ``warped`` as the paper has them, or any trigger's name."""
+    trigger_options: dict[str, Any] = {}
+    target: Annotated[int, Field(ge=0)] | None = None
+    rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    strength: Annotated[float, Field(ge=0)] = 0.3
+    """Lambda; 0 is regular backdoor training."""
+    levels: list[str] = ["s1", "s2", "s3"]
+    form: Literal["paper", "released"] = "paper"
+    kernel: str = "GMK2"
+
+    def infection(self) -> Infection:
+        """Who gets the trigger. Raises UntrojanError for an unknown trigger or option."""
+        from untrojan.attacks.infect import Infection
+        from untrojan.registry import validated
+
+        fields = ("trigger", "trigger_options", "target", "rate")
+        given = {key: value for key in fields if (value := getattr(self, key)) is not None}
+        made = validated(Infection, given, "sdrm")
+        made.poisoning()
+        return made
+
+    def method(self) -> StatisticalDifferenceReduction:
+        """How the model is trained. Raises UntrojanError for a wrong option."""
+        from untrojan.attacks.sdrm import StatisticalDifferenceReduction
+        from untrojan.registry import validated
+
+        fields = ("strength", "form", "kernel")
+        given = {key: getattr(self, key) for key in fields} | {"levels": tuple(self.levels)}
+        return validated(StatisticalDifferenceReduction, given, "sdrm")
+
+
 class AttackEntry(_Strict):
     named: str | None = None
     """One of RE's attacks (``A-3SC``, ``gtsrb``, ...); what follows below overrides its settings."""
     clean: bool = False
     """No attack: a control."""
+    sdrm: SdrmEntry | None = None
+    """An attacker who trains the model; ``exposure`` defences are asked about it."""
     scale: Annotated[float, Field(gt=0)] = 1.0
     """Multiplies a named attack's count."""
     seed_offset: int = 0
@@ -92,8 +131,11 @@ class AttackEntry(_Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> AttackEntry:
-        if sum([self.clean, self.named is not None, self.named is None and self.trigger is not None]) != 1:
-            raise ValueError("give one of clean = true, named = an attack's name, or trigger = a trigger's")
+        by_trigger = self.named is None and self.trigger is not None
+        if sum([self.clean, self.named is not None, by_trigger, self.sdrm is not None]) != 1:
+            raise ValueError(
+                "give one of clean = true, named = an attack's name, trigger = a trigger's, or sdrm = {...}"
+            )
         return self
 
     def poisoning(self, class_index: Callable[[Class], int] | None = None) -> Poisoning:
@@ -120,7 +162,19 @@ class AttackEntry(_Strict):
         return attack
 
 
+class ExposureEntry(_Strict):
+    """How a detector is asked about an infected model; see :mod:`untrojan.metrics.exposure`."""
+
+    clean: Annotated[int, Field(ge=10)] = 500
+    ratio: Annotated[float, Field(gt=0)] = 1.0
+    trusted_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of the clean training images, known to the defender."""
+
+
 class DefenseEntry(_Strict):
+    exposure: ExposureEntry | None = None
+    """Ask the cleanser, as a detector of triggered images at the time of use, about models that ``sdrm``
+    attacks infected."""
     cleanser: str | None = None
     """None leaves the set as it is."""
     options: dict[str, Any] = {}
@@ -293,9 +347,14 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
     for name in plan.recipes:
         yield f"recipes.{name}", partial(plan.recipe, name)
     for name, attack in plan.attacks.items():
-        if not attack.clean:
+        if attack.sdrm is not None:
+            yield f"attacks.{name}.sdrm", attack.sdrm.infection
+            yield f"attacks.{name}.sdrm", attack.sdrm.method
+        elif not attack.clean:
             yield f"attacks.{name}", attack.poisoning
     for name, defense in plan.defenses.items():
+        if defense.exposure is not None:
+            yield f"defenses.{name}.exposure", partial(_check_detector, defense.cleanser)
         if defense.cleanser is not None:
             yield f"defenses.{name}", partial(CLEANSERS.build, defense.cleanser, defense.options)
     choices: list[tuple[str, GridEntry | Choice]] = [
@@ -315,6 +374,14 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     if not found:
         raise UntrojanError(f"{pattern!r} matches none of {', '.join(known)}")
     return found
+
+
+def _check_detector(cleanser: str | None) -> None:
+    from untrojan.defenses.cleansing.by_class import ClassCleanser
+    from untrojan.defenses.cleansing.registry import CLEANSERS
+
+    if cleanser is None or not issubclass(CLEANSERS.get(cleanser), ClassCleanser):
+        raise UntrojanError("only a cleanser that looks at features class by class can be asked")
 
 
 def _preset(name: str, own: tuple[str, ...] = ()) -> Recipe:

@@ -165,6 +165,61 @@ def score(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     return {"sections": {"detection": detection, "cleansing": rates.to_json()}}
 
 
+def infect(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Train a model that its trainer infects, and measure how well its backdoor works and hides."""
+    from untrojan.attacks import infect as attacks
+    from untrojan.attacks.sdrm import StatisticalDifferenceReduction
+    from untrojan.models.checkpoints import save_checkpoint
+    from untrojan.registry import validated
+    from untrojan.training.recipe import Recipe
+
+    splits = _known_data(place.inputs["data"], place.sources)
+    made = attacks.infect(
+        splits, validated(attacks.Infection, config["infection"], "sdrm"),
+        validated(StatisticalDifferenceReduction, config["method"], "sdrm"), config["architecture"],
+        validated(Recipe, config["recipe"], "recipe"), seed=config["seed"],
+        checkpoint=place.scratch / "training.pt", device=_device(),
+    )  # fmt: skip
+    save_checkpoint(place.out / MODEL, made.model, splits.train.class_names)
+    known: dict[str, float | None] = {
+        "benign_accuracy": made.benign_accuracy,
+        "attack_success": made.attack_success_rate,
+    }
+    for level, found in made.differences.items():
+        known |= {
+            f"mmd_{level}": found.difference,
+            f"mmd_unbiased_{level}": found.difference_unbiased,
+            f"intra_{level}": found.intra_class,
+            f"inter_{level}": found.inter_class,
+        }
+    return known
+
+
+def expose(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Ask a detector about an infected model. It gets test images, of which some carry the trigger."""
+    from untrojan.attacks.infect import Infection
+    from untrojan.defenses.cleansing.by_class import ClassCleanser
+    from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.metrics.exposure import exposure
+    from untrojan.registry import validated
+
+    splits = _known_data(place.inputs["data"], place.sources)
+    trained = _record(place.inputs["infected"])["config"]
+    infection = validated(Infection, trained["infection"], "sdrm")
+    made = infection.poisoning()(splits, trained["seed"])
+    detector = CLEANSERS.build(config["cleanser"], config["options"])
+    assert isinstance(detector, ClassCleanser)
+    trusted = None
+    if config["trusted_share"]:
+        most = int(splits.train.class_counts.max())
+        trusted = _thinned(splits.train, max(1, round(config["trusted_share"] * most)))
+    found = exposure(
+        _model(place.inputs["infected"]), made.test, made.triggered_test, infection.target, detector,
+        clean=config["clean"], ratio=config["ratio"], trusted=trusted, seed=config["seed"],
+    )  # fmt: skip
+    return found.to_json()
+
+
 STAGES: Mapping[str, StageFunction] = {
     "data": data,
     "poison": poison,
@@ -173,6 +228,8 @@ STAGES: Mapping[str, StageFunction] = {
     "audit": audit,
     "score": score,
     "retrain": retrain,
+    "infect": infect,
+    "expose": expose,
 }
 
 
@@ -191,7 +248,8 @@ def check_data(plan: Plan, cells: Iterable[Cell], sources: Mapping[str, str]) ->
         if attack.clean:
             continue
         try:
-            poisoning = attack.poisoning(splits.train.class_index)
+            infection = attack.sdrm.infection() if attack.sdrm else None
+            poisoning = infection.poisoning() if infection else attack.poisoning(splits.train.class_index)
             target = [] if poisoning.target is None else [poisoning.target]
             for label in [*poisoning.poisoned_classes(splits.train.num_classes), *target]:
                 splits.train.class_index(label)

@@ -16,4 +16,6 @@ VERSIONS: Mapping[str, int] = {
     "audit": 7,
     "score": 1,
     "retrain": 1,
+    "infect": 1,
+    "expose": 1,
 }

@@ -1,0 +1,122 @@
+"""Plans with models that their trainer infected, and detectors that are asked about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from untrojan.bench.cells import expand
+from untrojan.bench.plan import read_plan
+from untrojan.bench.runner import run_plan
+from untrojan.bench.table import render
+from untrojan.data.save import save_npz
+from untrojan.data.signs import make_signs
+from untrojan.errors import UntrojanError
+
+PLAN = """
+name = "infected"
+title = "Infected"
+seeds = [0]
+[data.signs]
+[nets.small]
+architecture = "cnn@0.25"
+victim = "quick"
+probe = "quick"
+[recipes.quick]
+epochs = 2
+batch_size = 64
+[attacks]
+rbt = { sdrm = { trigger = "patched", strength = 0.0 } }
+sdrm-a = { sdrm = { trigger = "patched", strength = 0.3 } }
+[defenses.none]
+[defenses.ac]
+cleanser = "activation-clustering"
+options = { components = 4, level = "s2" }
+exposure = { clean = 20, ratio = 0.5 }
+[defenses.sr]
+cleanser = "subspace-reconstruction"
+exposure = { clean = 20, ratio = 1.0, trusted_share = 0.1 }
+[[tables]]
+name = "differences"
+title = "Differences"
+cells = { defenses = ["none"] }
+columns = ["undefended.attack_success", "undefended.mmd_s3", "undefended.intra_s3"]
+[[tables]]
+name = "exposure"
+title = "Exposure"
+cells = { defenses = ["ac", "sr"] }
+rows = ["attack", "defense"]
+columns = ["exposure.f1", "exposure.auc", "exposure.detected", "exposure.false_alarm"]
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "plan.toml"
+    path.write_text(text)
+    return path
+
+
+def test_detectors_share_the_infected_model(tmp_path: Path) -> None:
+    cells = {cell.name: cell for cell in expand(read_plan(written(tmp_path, PLAN)))}
+    assert len(cells) == 2 * 3
+    ac, sr, none = (cells[f"signs/small/sdrm-a/{name}/0"] for name in ("ac", "sr", "none"))
+    assert ac.stages["undefended"].key == sr.stages["undefended"].key == none.stages["undefended"].key
+    assert ac.stages["exposure"].key != sr.stages["exposure"].key
+    assert list(none.stages) == ["data", "undefended"]
+    other = cells["signs/small/rbt/ac/0"]
+    assert other.stages["undefended"].key != ac.stages["undefended"].key
+    assert ac.stages["undefended"].config["method"]["strength"] == 0.3
+    assert ac.stages["exposure"].config["options"]["level"] == "s2"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            'trigger = "patched", strength = 0.3',
+            'trigger = "stamped"',
+            "attacks.sdrm-a.sdrm: unknown trigger",
+        ),
+        ("strength = 0.3", "strength = -1.0", "attacks.sdrm-a.sdrm.strength"),
+        ("strength = 0.3", 'strength = 0.3, kernel = "GK9"', "attacks.sdrm-a.sdrm: .*kernel"),
+        ("ratio = 0.5", "ratio = 0", "defenses.ac.exposure.ratio"),
+        (
+            'cleanser = "subspace-reconstruction"',
+            'cleanser = "reverse-engineering"',
+            "defenses.sr.exposure: only a cleanser that looks at features",
+        ),
+    ],
+)
+def test_what_is_wrong_with_such_a_plan(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert PLAN.count(old) >= 1
+    with pytest.raises(UntrojanError, match=said):
+        read_plan(written(tmp_path, PLAN.replace(old, new, 1)))
+
+
+def test_other_attacks_are_kept_apart(tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path, PLAN.replace("[attacks]", "[attacks]\nclean = { clean = true }")))
+    with pytest.raises(UntrojanError, match=r"clean/ac: infected models \(sdrm\) and exposure go together"):
+        expand(plan)
+
+
+def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
+    made = make_signs(num_classes=4, size=16, train_per_class=60, test_per_class=40, seed=0)
+    save_npz(tmp_path / "signs.npz", made.train, made.test)
+    plan, results = written(tmp_path, PLAN), tmp_path / "results"
+    run_plan(plan, tmp_path / "store", results=results, data={"signs": str(tmp_path / "signs.npz")})
+    files = {
+        tuple(path.stem.split("__")[2:4]): json.loads(path.read_text()) for path in results.rglob("*.json")
+    }
+    assert len(files) == 6
+    undefended = files["sdrm-a", "none"]["result"]["undefended"]
+    assert undefended == files["sdrm-a", "sr"]["result"]["undefended"]
+    assert 0 <= undefended["attack_success"] <= 1
+    assert {"mmd_s3", "intra_s3", "inter_s3", "mmd_unbiased_s3"} <= undefended.keys()
+    asked = files["sdrm-a", "sr"]["result"]["exposure"]
+    assert 0 < asked["clean"] <= 20
+    assert isinstance(asked["detected"], bool)
+    text = render(plan, results, None)
+    assert "sdrm-a" in text
+    assert "MMD² s3" in text
