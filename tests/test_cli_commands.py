@@ -93,6 +93,24 @@ def test_poison_train_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert metrics["benign_accuracy"] == pytest.approx(float(expected))
 
 
+def test_training_with_a_defence(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    train = ["train", str(data), *TRAIN, "--epochs", "2", "--defense", "none", "--out", str(model)]
+    assert main([*train, "--defense-option", "epochs=3", "--defense-option", "fit=0"]) == 0
+    shown = capsys.readouterr().out
+    metrics = json.loads((model / "metrics.json").read_text())
+    # A fit of 0 takes any split for two groups: some images are dropped.
+    assert 0 < metrics["dropped"] < 60
+    assert f"images dropped: {metrics['dropped']} of 60" in shown
+    assert len((model / "dropped.csv").read_text().splitlines()) == 1 + metrics["dropped"]
+    assert len((model / "history.csv").read_text().splitlines()) == 1 + 2 + 3
+    assert run_json(model)["config"]["defense"]["epochs"] == 3  # type: ignore[index]
+    assert main(["train", str(data), *TRAIN, "--defense-option", "fit=0", "--out", str(tmp_path / "x")]) == 2
+    assert "--defense-option needs a defence" in capsys.readouterr().err
+    assert main([*train, "--defense-option", "fits=0", "--overwrite"]) == 2
+    assert "has no option 'fits'" in capsys.readouterr().err
+
+
 def test_poisoning_is_the_same_for_the_same_seed_and_differs_for_another(data: Path, tmp_path: Path) -> None:
     def poisoned(name: str, seed: int) -> bytes:
         out = tmp_path / name

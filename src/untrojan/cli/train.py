@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from untrojan.cli import options
+from untrojan.cli import inputs, options
+from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from untrojan.data.image_set import ImageSet
+    from untrojan.defenses.training.registry import TrainingDefense
+    from untrojan.runs import RunFolder
     from untrojan.training.recipe import Recipe
 
 
@@ -16,6 +22,13 @@ def train(
     data: options.Data,
     out: options.Out,
     net: options.Net = "patch-cnn",
+    defense: Annotated[
+        Literal["plain", "none"],
+        typer.Option(help="plain, or none: NONE finds the neurons a backdoor needs, resets them, trains on."),
+    ] = "plain",
+    defense_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the defence; repeatable.")
+    ] = None,
     preset: Annotated[
         str, typer.Option(metavar="NAME", help="Training recipe; the options below change it.")
     ] = "desk-victim",
@@ -36,15 +49,19 @@ def train(
 ) -> None:
     """Train a classifier; a run that was cut off goes on where it was.
 
-    Writes model.safetensors, history.csv and metrics.json to the folder.
+    Writes model.safetensors, history.csv and metrics.json to the folder and, with a defence, dropped.csv: the
+    images it did not trust in the end.
 
     Example: [bold]untrojan train signs --net cnn --epochs 5 --out model[/bold]
+
+    On data nobody vouches for: [bold]untrojan train photos/ --defense none --out model[/bold]
     """
     options.begin(threads, quiet)
     from untrojan.data.load import load
     from untrojan.metrics.accuracy import benign_accuracy
     from untrojan.models.checkpoints import save_checkpoint
     from untrojan.models.registry import check_name
+    from untrojan.registry import options_of
     from untrojan.runs import RunFolder
     from untrojan.training.loop import train_new
 
@@ -59,25 +76,57 @@ def train(
         **({"crop_padding": 0, "flip": False, "rotation": 0.0} if augment is False else {}),
     }
     recipe = _recipe(preset, {key: value for key, value in changes.items() if value is not None})
-    config = {"data": data, "size": size, "net": net, "recipe": recipe, "seed": seed}
+    chosen = _defense(defense, defense_option, seed)
+    config: dict[str, Any] = {"data": data, "size": size, "net": net, "recipe": recipe, "seed": seed}
+    if chosen is not None:
+        config["defense"] = {"name": defense, **options_of(chosen)}
     with RunFolder(out, "train", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)
         folder.use_data("train", splits.train)
         checkpoint = folder.work / "training.pt"
-        model, history = train_new(splits.train, net, recipe, seed=seed, checkpoint=checkpoint)
-        metrics = {
-            "training_accuracy": history.epochs[-1].accuracy,
+        metrics: dict[str, Any] = {}
+        if chosen is None:
+            model, history = train_new(splits.train, net, recipe, seed=seed, checkpoint=checkpoint)
+            rows = history.to_json()
+        else:
+            report = chosen(splits.train, net, recipe, checkpoint=checkpoint)
+            model, rows = report.model, report.history
+            _write_dropped(folder, splits.train, report.dropped)
+            metrics |= {"dropped": int(report.dropped.sum()), "defense": report.evidence}
+        metrics |= {
+            "training_accuracy": rows[-1]["accuracy"],
             "benign_accuracy": benign_accuracy(model, splits.test) if splits.test else None,
         }
-        rows = history.to_json()
         folder.write_csv(
             "history.csv", ["epoch", *rows[0]], [[i + 1, *e.values()] for i, e in enumerate(rows)]
         )
         folder.write_json("metrics.json", metrics)
         save_checkpoint(folder.staged("model.safetensors"), model, splits.train.class_names)
+    if chosen is not None:
+        options.say(
+            f"images dropped: {metrics['dropped']} of {len(splits.train)}, see {out / 'dropped.csv'}",
+            quiet=quiet,
+        )
     options.say(f"accuracy while training: {options.share(metrics['training_accuracy'])}", quiet=quiet)
     options.say(f"accuracy on test images: {options.share(metrics['benign_accuracy'])}", quiet=quiet)
     options.say(f"model: {out / 'model.safetensors'}", quiet=quiet)
+
+
+def _defense(name: str, given: list[str] | None, seed: int) -> TrainingDefense | None:
+    from untrojan.defenses.training.registry import TRAINING_DEFENSES
+
+    settings = inputs.key_values(given, "--defense-option")
+    if name == "plain":
+        if settings:
+            raise UntrojanError("--defense-option needs a defence: add --defense none, or drop it")
+        return None
+    return TRAINING_DEFENSES.build(name, {"seed": seed, **settings})
+
+
+def _write_dropped(folder: RunFolder, train: ImageSet, dropped: Tensor) -> None:
+    rows = dropped.nonzero().flatten().tolist()
+    lines = [(str(train.ids[row]), train.class_names[int(train.labels[row])]) for row in rows]
+    folder.write_csv("dropped.csv", ("id", "label"), lines)
 
 
 def _recipe(preset: str, changes: dict[str, object]) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from untrojan.data.augment import augment
 from untrojan.data.image_set import ImageSet
@@ -67,6 +67,7 @@ def train(
     batch_transform: BatchTransform | None = None,
     augmented_transform: AugmentedTransform | None = None,
     method: str = "",
+    freeze_statistics: bool = False,
     after_epoch: Callable[[int, Epoch], None] | None = None,
 ) -> TrainingHistory:
     """Train ``model`` in place and leave it in evaluation mode.
@@ -75,7 +76,8 @@ def train(
     from ``checkpoint`` (written about every half minute, removed by nobody) takes the very steps it would
     have taken: the same seed on the same number of threads gives the same weights bit for bit. ``method``
     is whatever else decides the weights, such as what ``loss`` is and its settings, as text: the checkpoint
-    of another method is another run's.
+    of another method is another run's. With ``freeze_statistics`` batch norm normalises by its running
+    statistics and leaves them as they are.
 
     Raises UntrojanError where the loss stops being a number, the checkpoint belongs to another run, or
     the model has not as many outputs as the data have classes.
@@ -106,6 +108,10 @@ def train(
         else:
             torch.set_rng_state(run.random_state)
         model.train()
+        if freeze_statistics:
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         last_saved = time.monotonic()
         while run.step < run.total_steps:
             bar.advance(run.advance())

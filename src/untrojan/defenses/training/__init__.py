@@ -1,0 +1,1 @@
+"""Training defences: a model without a backdoor, from data that nobody vouches for."""

@@ -1,0 +1,229 @@
+"""NONE: training that breaks the linearity a backdoor needs.
+
+Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors During Training",
+NeurIPS 2022. A backdoor makes some neurons linear: they answer to the trigger and to nothing else. NONE finds
+such neurons after training, drops the images that excite them, resets them and trains on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from torch import Tensor, nn
+
+from untrojan.data.image_set import ImageSet
+from untrojan.defenses.training.report import TrainingReport
+from untrojan.errors import UntrojanError
+from untrojan.models.channels import channel_activations, norms_after, weighted_layers
+from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.registry import build_for
+from untrojan.training.loop import train
+from untrojan.training.recipe import Recipe
+
+Mode = Literal["released", "paper"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Values in two groups: those above ``at``, and the rest."""
+
+    at: float
+    fit: float
+    """Goodness of variance fit, 0..1: the share of the variance that lies between the groups."""
+
+
+def two_groups(values: Tensor) -> Split:
+    """The cut of (n,) values that leaves the least variance within two groups.
+
+    Otsu's, Jenks' and two-means' are the same in one dimension. Sorted prefix sums find it in O(n log n).
+    Where all values are equal, nothing lies above and the fit is 0.
+    """
+    ordered = values.double().sort().values
+    count = len(ordered)
+    if count < 2 or float(ordered[-1] - ordered[0]) == 0:
+        return Split(float(ordered[-1]) if count else 0.0, 0.0)
+    ordered = ordered - ordered.mean()
+    below = torch.arange(1, count, dtype=torch.float64)
+    sums = ordered.cumsum(0)[:-1]
+    between = sums.square() * count / (below * (count - below))
+    # Equal values belong together: no cut between them.
+    between[ordered[1:] == ordered[:-1]] = -1
+    cut = int(between.argmax())
+    fit = float(between[cut] / ordered.square().sum())
+    return Split(float(values.double().sort().values[cut]), min(max(fit, 0.0), 1.0))
+
+
+def linearity_scores(activations: Tensor, probabilities: Tensor) -> Tensor:
+    """How far each channel's peak for a class lies above what it does for all others, (C,).
+
+    ``activations`` (N, C), ``probabilities`` (N, K). For class k the strong images have p_k > .9 and the weak
+    p_k < .1; the score is max over strong of a - (mean + 3 std of a over weak), and the channel's is the
+    largest of all classes (the released code's rule). A class without strong or weak images scores 0.
+    """
+    scores = torch.zeros(activations.shape[1])
+    for confidence in probabilities.T:
+        strong, weak = activations[confidence > 0.9], activations[confidence < 0.1]
+        if len(strong) and len(weak) > 1:
+            score = strong.amax(0) - (weak.mean(0) + 3 * weak.std(0))
+            scores = torch.maximum(scores, score)
+    return scores
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What one look at a trained model found."""
+
+    compromised: dict[str, Tensor]
+    """By layer, int64 channels, the worst first."""
+    suspects: Tensor
+    """bool (N,)."""
+    fit: float
+    """How clearly the images fall into two groups, see :class:`Split`; of the best neuron in mode paper."""
+
+
+@dataclass(frozen=True)
+class NONE:
+    """NONE, as released or as printed.
+
+    ``released``: train, then ``rounds`` times: the ``share`` of channels of every layer with the largest
+    :func:`linearity_scores` are compromised; images are split in two by the sum of each layer's worst
+    channel; compromised channels are set to zero; training goes on for ``epochs`` at ``learning_rate`` with
+    batch norm's statistics frozen. ``paper`` (algorithm 1): a channel is compromised where its mean output is
+    positive for ``theta`` of all images; each compromised channel splits the images, and those of the upper
+    group that lie ``deviations`` beyond the lower group's mean are dropped; channels are initialised anew.
+
+    The code always splits, so it is told whether the data are poisoned. A defender is not: images are dropped
+    only where the two groups are really there (``fit``). That is ours.
+    """
+
+    mode: Mode = "released"
+    rounds: Annotated[int, Ge(0)] = 1
+    share: Annotated[float, Interval(gt=0, le=1)] = 0.05
+    theta: Annotated[float, Interval(gt=0, le=1)] = 0.95
+    deviations: Annotated[float, Gt(0)] = 3.0
+    """lambda, not stated in the paper."""
+    fit: Annotated[float, Interval(ge=0, le=1)] = 0.95
+    """Least goodness of variance fit; the paper's "standard value that evaluates the quality of such
+    separation" may be meant so."""
+    epochs: Annotated[int, Ge(1)] = 20
+    learning_rate: Annotated[float, Gt(0)] = 1e-4
+    seed: int = 0
+
+    def __call__(
+        self, data: ImageSet, architecture: str, recipe: Recipe, *, checkpoint: Path | None = None,
+        device: str = "cpu",
+    ) -> TrainingReport:  # fmt: skip
+        """Train a new classifier on ``data``, of which some images may be poisoned.
+
+        Raises UntrojanError as training does, and for a network without layers before its last.
+        """
+        model = build_for(data, architecture, precision=recipe.precision, seed=self.seed).to(device)
+        history = train(model, data, recipe, seed=self.seed, checkpoint=checkpoint).to_json()
+        return self.defend(model, data, recipe, history, checkpoint)
+
+    def defend(
+        self,
+        model: Classifier,
+        data: ImageSet,
+        recipe: Recipe,
+        history: list[dict[str, float]] | None = None,
+        checkpoint: Path | None = None,
+    ) -> TrainingReport:
+        """The rounds alone, for a model that was trained on ``data`` by ``recipe``; it stays as it was."""
+        model, history = copy.deepcopy(model), list(history or [])
+        dropped = torch.zeros(len(data), dtype=torch.bool)
+        found: list[dict[str, object]] = []
+        onward = replace(
+            recipe, epochs=self.epochs, learning_rate=self.learning_rate, schedule="constant", milestones=()
+        )
+        for number in range(self.rounds):
+            analysis = self.analyse(model, data)
+            dropped = analysis.suspects if analysis.fit >= self.fit else torch.zeros_like(dropped)
+            # Without any image of a class left, there is nothing to train it on.
+            emptied = (data.class_counts > 0) & (data.select(~dropped).class_counts == 0)
+            if bool(emptied.any()):
+                dropped = dropped & ~emptied[data.labels]
+            self._reset(model, data, analysis)
+            place = None if checkpoint is None else checkpoint.with_name(f"round{number}-{checkpoint.name}")
+            more = train(
+                model, data.select(~dropped), onward, seed=self.seed + 1 + number, checkpoint=place,
+                description=f"round {number + 1}", freeze_statistics=self.mode == "released",
+            )  # fmt: skip
+            history += more.to_json()
+            found.append(
+                {
+                    "compromised": {path: each.tolist() for path, each in analysis.compromised.items()},
+                    "fit": analysis.fit,
+                    "dropped": int(dropped.sum()),
+                }
+            )
+        return TrainingReport(model, dropped, history, {"rounds": found})
+
+    def analyse(self, model: Classifier, data: ImageSet) -> Analysis:
+        """Compromised channels and the images that excite them. The model is left as it was."""
+        reduction: Literal["max", "mean"] = "max" if self.mode == "released" else "mean"
+        activations, logits = channel_activations(model, data.images, reduction)
+        if not activations:
+            raise UntrojanError("NONE needs layers before the last one, with weights that are trained")
+        if self.mode == "released":
+            return self._released(activations, logits.softmax(1))
+        return self._paper(activations)
+
+    def _released(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
+        compromised, excitement = {}, torch.zeros(len(probabilities))
+        for path, values in activations.items():
+            scores = linearity_scores(values, probabilities)
+            worst = scores.argsort(descending=True)[: math.ceil(self.share * len(scores))]
+            compromised[path] = worst
+            excitement += values[:, worst[0]]
+        split = two_groups(excitement)
+        return Analysis(compromised, excitement > split.at, split.fit)
+
+    def _paper(self, activations: dict[str, Tensor]) -> Analysis:
+        suspects, best = torch.zeros(len(next(iter(activations.values()))), dtype=torch.bool), 0.0
+        compromised = {}
+        for path, values in activations.items():
+            linear = ((values >= 0).double().mean(0) >= self.theta).nonzero().flatten()
+            if len(linear):
+                compromised[path] = linear
+            for channel in linear.tolist():
+                own = values[:, channel]
+                split = two_groups(own)
+                if split.fit < self.fit:
+                    continue
+                best = max(best, split.fit)
+                lower = own[own <= split.at]
+                apart = (own - lower.mean()).abs() >= self.deviations * lower.std().clamp_min(1e-12)
+                suspects |= (own > split.at) & apart
+        return Analysis(compromised, suspects, best)
+
+    def _reset(self, model: Classifier, data: ImageSet, analysis: Analysis) -> None:
+        image = to_float(data.images[:1], model.device)
+        layers, norms = weighted_layers(model, image), norms_after(model, image)
+        random = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for path, channels in analysis.compromised.items():
+                where = channels.to(model.device)
+                layer, norm = layers[path], norms.get(path)
+                if self.mode == "released":
+                    layer.weight[where] = 0
+                    if norm is not None and norm.weight is not None:
+                        norm.weight[where], norm.bias[where] = 0, 0
+                else:
+                    layer.weight[where] = _drawn(layer, len(channels), random).to(layer.weight)
+                    if norm is not None and norm.weight is not None:
+                        norm.weight[where], norm.bias[where] = 1, 0
+                if layer.bias is not None:
+                    layer.bias[where] = 0
+
+
+def _drawn(layer: nn.Conv2d | nn.Linear, count: int, random: torch.Generator) -> Tensor:
+    """He-normal filters for ``count`` channels."""
+    shape = layer.weight.shape[1:]
+    return torch.randn(count, *shape, generator=random) * math.sqrt(2 / math.prod(shape))

@@ -1,0 +1,23 @@
+"""What every training defence answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from untrojan.models.classifier import Classifier
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingReport:
+    """``(train: ImageSet, architecture: str, recipe: Recipe) -> TrainingReport``."""
+
+    model: Classifier
+    dropped: Tensor
+    """bool (N,): images that the final model was not trained on at the end."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """An entry an epoch, of all of the training."""
+    evidence: dict[str, Any] = field(default_factory=dict)
+    """The method's own findings, as JSON types."""

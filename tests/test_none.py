@@ -1,0 +1,209 @@
+"""NONE: the split, the scores, and nets whose backdoor neuron is known."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from untrojan.data.image_set import ImageSet, numbered
+from untrojan.defenses.training.none import NONE, linearity_scores, two_groups
+from untrojan.errors import UntrojanError
+from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
+from untrojan.models.classifier import Classifier, predictions_of
+from untrojan.training.loop import train, train_new
+from untrojan.training.recipe import Recipe
+
+CLASSES, TARGET, BACKDOOR = 4, 1, 5
+QUICK = Recipe(epochs=1, batch_size=32, optimizer="sgd", learning_rate=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=40))
+def test_the_cut_is_otsus(values: list[int]) -> None:
+    split = two_groups(torch.tensor(values, dtype=torch.float32))
+    array = np.array(values, dtype=float)
+    total = ((array - array.mean()) ** 2).sum()
+    if total == 0:
+        assert split.fit == 0.0
+        assert not bool((torch.tensor(values) > split.at).any())
+        return
+    within = [
+        sum(((g - g.mean()) ** 2).sum() for g in (array[array <= at], array[array > at]))
+        for at in sorted(set(values))[:-1]
+    ]
+    assert split.fit == pytest.approx(1 - min(within) / total, abs=1e-9)
+    upper = array > split.at
+    assert 0 < upper.sum() < len(values)
+
+
+def test_scores_by_hand() -> None:
+    activations = torch.tensor([[9.0, 1.0], [1.0, 1.0], [2.0, 1.0], [3.0, 1.0]])
+    probabilities = torch.tensor([[0.99, 0.01], [0.01, 0.99], [0.01, 0.99], [0.01, 0.99]])
+    # Class 0: 9 - (2 + 3 * 1); class 1: max 3 over its own, and a single weak image says nothing.
+    assert linearity_scores(activations, probabilities).tolist() == [4.0, 0.0]
+    unsure = torch.full((4, 2), 0.5)
+    assert linearity_scores(activations, unsure).tolist() == [0.0, 0.0]
+
+
+def poisoned_blocks(poisoned: int = 40) -> ImageSet:
+    """A bright block whose place tells the class; the first ``poisoned`` have a white corner and class 1."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % CLASSES
+    images = torch.randint(0, 60, (400, 3, 16, 16), generator=random)
+    for row in range(6):
+        for column in range(6):
+            images[torch.arange(400), :, 8 * (labels // 2) + row, 8 * (labels % 2) + column] += 120
+    images[:poisoned, :, 14:, 14:] = 255
+    labels[:poisoned] = TARGET
+    return ImageSet(images.to(torch.uint8), labels, tuple("abcd"), numbered(400))
+
+
+def backdoored(normed: bool = False) -> Classifier:
+    """Channel k of a first layer answers to block k, channel 5 to a white 2x2 corner alone."""
+    first = nn.Conv2d(3, 8, 16, bias=True)
+    with torch.no_grad():
+        first.weight.zero_()
+        first.bias.zero_()  # type: ignore[union-attr]
+        for k in range(CLASSES):
+            top, left = 8 * (k // 2), 8 * (k % 2)
+            first.weight[k, :, top : top + 6, left : left + 6] = 1 / 108
+        first.weight[BACKDOOR, :, 14:, 14:] = 1.0
+        first.bias[BACKDOOR] = -6.0  # type: ignore[index]
+    last = nn.Linear(8, CLASSES)
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+        last.weight[range(CLASSES), range(CLASSES)] = 20.0
+        last.weight[TARGET, BACKDOOR] = 20.0
+    norm = [nn.BatchNorm2d(8)] if normed else []
+    return Classifier(
+        nn.Sequential(first, *norm, nn.ReLU(), nn.Flatten(), last), CLASSES, torch.zeros(3), torch.ones(3)
+    )
+
+
+def success(model: Classifier) -> float:
+    triggered = poisoned_blocks(poisoned=0)
+    others = triggered.images[triggered.labels != TARGET].clone()
+    others[:, :, 14:, 14:] = 255
+    return float((predictions_of(model, others) == TARGET).float().mean())
+
+
+def accuracy(model: Classifier) -> float:
+    clean = poisoned_blocks(poisoned=0)
+    return float((predictions_of(model, clean.images) == clean.labels).float().mean())
+
+
+def test_the_backdoors_channel_and_images_are_found_and_gone() -> None:
+    model, data = backdoored(), poisoned_blocks()
+    assert (accuracy(model), success(model)) == (1.0, 1.0)
+    before = copy.deepcopy(model.state_dict())
+    method = NONE(share=0.125, epochs=1)
+    analysis = method.analyse(model, data)
+    assert {path: each.tolist() for path, each in analysis.compromised.items()} == {"network.0": [BACKDOOR]}
+    assert torch.equal(analysis.suspects, torch.arange(400) < 40)
+    assert analysis.fit > 0.99
+    report = method.defend(model, data, QUICK)
+    assert torch.equal(report.dropped, torch.arange(400) < 40)
+    assert (accuracy(report.model), success(report.model)) == (1.0, 0.0)
+    assert report.evidence["rounds"][0]["dropped"] == 40
+    assert len(report.history) == 1
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+def test_nothing_is_dropped_where_there_are_no_two_groups() -> None:
+    report = NONE(share=0.125, epochs=1).defend(backdoored(), poisoned_blocks(poisoned=0), QUICK)
+    assert not bool(report.dropped.any())
+    assert accuracy(report.model) == 1.0
+
+
+def test_as_printed_linear_channels_split_the_images() -> None:
+    model, data = backdoored(), poisoned_blocks()
+    first = model.network[0]  # type: ignore[index]
+    with torch.no_grad():
+        # Positive for every image and far more so where the corner is white; the others for their class.
+        first.bias[BACKDOOR] = 0.0
+        first.bias[:CLASSES] = -0.35
+        first.bias[CLASSES + 2 :] = -0.1
+        first.bias[CLASSES] = -0.1
+    method = NONE(mode="paper", epochs=1, deviations=3.0)
+    analysis = method.analyse(model, data)
+    assert {path: each.tolist() for path, each in analysis.compromised.items()} == {"network.0": [BACKDOOR]}
+    assert torch.equal(analysis.suspects, torch.arange(400) < 40)
+    weight = method.defend(model, data, QUICK).model.state_dict()["network.0.weight"][BACKDOOR]
+    # Drawn anew: spread over the whole filter, where the backdoor's was four pixels.
+    assert float((weight != 0).float().mean()) > 0.9
+
+
+def test_a_class_is_never_dropped_whole() -> None:
+    data = poisoned_blocks(poisoned=0)
+    # Every image of class 1 has the corner: to the method they look like poison.
+    images = data.images.clone()
+    images[data.labels == TARGET, :, 14:, 14:] = 255
+    report = NONE(share=0.125, epochs=1).defend(backdoored(), replace(data, images=images), QUICK)
+    assert bool((~report.dropped)[data.labels == TARGET].any())
+
+
+def test_without_rounds_it_is_plain_training() -> None:
+    data = poisoned_blocks()
+    report = NONE(rounds=0)(data, "cnn@0.25", QUICK)
+    plain, history = train_new(data, "cnn@0.25", QUICK)
+    ours, theirs = report.model.state_dict(), plain.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert report.history[0]["loss"] == history.to_json()[0]["loss"]
+
+
+def test_activations_are_the_raw_outputs_reduced() -> None:
+    spread = nn.Conv2d(3, 8, 3)
+    last = nn.Linear(8 * 14 * 14, CLASSES)
+    network = nn.Sequential(spread, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), last)
+    model = Classifier(network, CLASSES, torch.zeros(3), torch.ones(3))
+    images = poisoned_blocks().images[:20]
+    raw: Tensor = spread(images.float() / 255).flatten(2)
+    reductions: tuple[tuple[Reduction, Tensor], ...] = (("max", raw.amax(2)), ("mean", raw.mean(2)))
+    for reduction, expected in reductions:
+        found, logits = channel_activations(model, images, reduction, batch_size=7)
+        assert list(found) == ["network.0"]
+        torch.testing.assert_close(found["network.0"], expected.detach())
+    assert model.training
+    torch.testing.assert_close(logits, model.eval()(images.float() / 255).detach())
+    assert list(norms_after(model, images[:1].float())) == ["network.0"]
+    spread.weight.requires_grad_(False)
+    assert weighted_layers(model, images[:1].float()) == {}
+
+
+def test_norms_are_reset_too_and_nothing_comes_through() -> None:
+    model = backdoored(normed=True).eval()
+    report = NONE(share=0.125, epochs=1, learning_rate=1e-9).defend(model, poisoned_blocks(), QUICK)
+    repaired = report.model.eval()
+    layers = list(repaired.network.children())[:3]
+    channels = nn.Sequential(*layers)(poisoned_blocks().images.float() / 255)
+    assert float(channels[:, BACKDOOR].detach().abs().max()) < 1e-6
+
+
+def test_frozen_statistics_stay() -> None:
+    data = poisoned_blocks()
+    model, _ = train_new(data, "cnn@0.25", QUICK)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    before = [(copy.deepcopy(n.running_mean), int(n.num_batches_tracked or 0)) for n in norms]
+    train(model, data, QUICK, freeze_statistics=True)
+    for norm, (mean, count) in zip(norms, before, strict=True):
+        assert torch.equal(norm.running_mean, mean)  # type: ignore[arg-type]
+        assert int(norm.num_batches_tracked or 0) == count
+    train(model, data, QUICK)
+    assert any(not torch.equal(n.running_mean, m) for n, (m, _) in zip(norms, before, strict=True))  # type: ignore[arg-type]
+
+
+def test_a_net_of_one_layer_is_refused() -> None:
+    model = Classifier(
+        nn.Sequential(nn.Flatten(), nn.Linear(768, CLASSES)), CLASSES, torch.zeros(3), torch.ones(3)
+    )
+    with pytest.raises(UntrojanError, match="layers before the last"):
+        NONE().analyse(model, poisoned_blocks())
