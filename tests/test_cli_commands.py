@@ -97,11 +97,9 @@ def test_training_with_a_defence(data: Path, tmp_path: Path, capsys: pytest.Capt
     model = tmp_path / "model"
     train = ["train", str(data), *TRAIN, "--epochs", "2", "--defense", "none", "--out", str(model)]
     assert main([*train, "--defense-option", "epochs=3", "--defense-option", "fit=0"]) == 0
-    shown = capsys.readouterr().out
     metrics = json.loads((model / "metrics.json").read_text())
     assert metrics["dropped"] < 60
     assert len(metrics["defense"]["rounds"]) == 1
-    assert f"images dropped: {metrics['dropped']} of 60" in shown
     assert len((model / "dropped.csv").read_text().splitlines()) == 1 + metrics["dropped"]
     assert len((model / "history.csv").read_text().splitlines()) == 1 + 2 + 3
     assert run_json(model)["config"]["defense"]["epochs"] == 3  # type: ignore[index]
