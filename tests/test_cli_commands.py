@@ -96,17 +96,20 @@ def test_poison_train_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captur
 def test_training_with_a_defence(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
     train = ["train", str(data), *TRAIN, "--epochs", "2", "--defense", "none", "--out", str(model)]
-    assert main([*train, "--defense-option", "epochs=3", "--defense-option", "fit=0"]) == 0
+    assert main([*train, "--defense-option", "epochs=3", "--defense-option", "separation=0"]) == 0
     metrics = json.loads((model / "metrics.json").read_text())
     assert metrics["dropped"] < 60
     assert len(metrics["defense"]["rounds"]) == 1
     assert len((model / "dropped.csv").read_text().splitlines()) == 1 + metrics["dropped"]
     assert len((model / "history.csv").read_text().splitlines()) == 1 + 2 + 3
     assert run_json(model)["config"]["defense"]["epochs"] == 3  # type: ignore[index]
-    assert main(["train", str(data), *TRAIN, "--defense-option", "fit=0", "--out", str(tmp_path / "x")]) == 2
+    assert (
+        main(["train", str(data), *TRAIN, "--defense-option", "separation=0", "--out", str(tmp_path / "x")])
+        == 2
+    )
     assert "--defense-option needs a defence" in capsys.readouterr().err
-    assert main([*train, "--defense-option", "fits=0", "--overwrite"]) == 2
-    assert "has no option 'fits'" in capsys.readouterr().err
+    assert main([*train, "--defense-option", "separations=0", "--overwrite"]) == 2
+    assert "has no option 'separations'" in capsys.readouterr().err
 
 
 def test_poisoning_is_the_same_for_the_same_seed_and_differs_for_another(data: Path, tmp_path: Path) -> None:

@@ -41,6 +41,21 @@ def test_the_cut_is_otsus(values: list[int]) -> None:
     assert split.fit == pytest.approx(1 - min(within) / total, abs=1e-9)
     upper = array > split.at
     assert 0 < upper.sum() < len(values)
+    gap, spread = array[upper].mean() - array[~upper].mean(), array[upper].std() + array[~upper].std()
+    assert split.separation == pytest.approx(gap / max(spread, 1e-9 * gap), rel=1e-6)
+
+
+def test_one_kind_of_values_is_not_separated() -> None:
+    random = np.random.default_rng(0)
+    drawn = {"normal": random.normal(size=50_000), "uniform": random.random(50_000)}
+    found = {name: two_groups(torch.from_numpy(values)).separation for name, values in drawn.items()}
+    assert found == {"normal": pytest.approx(1.32, abs=0.03), "uniform": pytest.approx(3**0.5, abs=0.03)}
+    skewed = two_groups(torch.from_numpy(random.exponential(size=50_000)))
+    assert skewed.separation < 1.5
+    # One value in a hundred apart: separated, but with a small fit.
+    few = np.concatenate([random.normal(size=9_900), random.normal(12, 1, size=100)])
+    assert two_groups(torch.from_numpy(few)).separation > 5
+    assert two_groups(torch.from_numpy(few)).fit < 0.65
 
 
 def test_scores_by_hand() -> None:
@@ -108,7 +123,7 @@ def test_the_backdoors_channel_and_images_are_found_and_gone() -> None:
     analysis = method.analyse(model, data)
     assert {path: each.tolist() for path, each in analysis.compromised.items()} == {"network.0": [BACKDOOR]}
     assert torch.equal(analysis.suspects, torch.arange(400) < 40)
-    assert analysis.fit > 0.99
+    assert analysis.separation > 10
     report = method.defend(model, data, QUICK)
     assert torch.equal(report.dropped, torch.arange(400) < 40)
     assert (accuracy(report.model), success(report.model)) == (1.0, 0.0)

@@ -36,6 +36,10 @@ class Split:
     at: float
     fit: float
     """Goodness of variance fit, 0..1: the share of the variance that lies between the groups."""
+    separation: float
+    """The difference of the groups' means in units of the sum of their standard deviations: 1.3 for halves of
+    a normal distribution, 1.7 for those of a uniform one. Unlike the fit it does not depend on how many are
+    in either group."""
 
 
 def two_groups(values: Tensor) -> Split:
@@ -44,19 +48,21 @@ def two_groups(values: Tensor) -> Split:
     Otsu's, Jenks' and two-means' are the same in one dimension. Sorted prefix sums find it in O(n log n).
     Where all values are equal, nothing lies above and the fit is 0.
     """
-    ordered = values.double().sort().values
-    count = len(ordered)
-    if count < 2 or float(ordered[-1] - ordered[0]) == 0:
-        return Split(float(ordered[-1]) if count else 0.0, 0.0)
-    ordered = ordered - ordered.mean()
+    values = values.double().sort().values
+    count = len(values)
+    if count < 2 or float(values[-1] - values[0]) == 0:
+        return Split(float(values[-1]) if count else 0.0, 0.0, 0.0)
+    ordered = values - values.mean()
     below = torch.arange(1, count, dtype=torch.float64)
-    sums = ordered.cumsum(0)[:-1]
-    between = sums.square() * count / (below * (count - below))
+    between = ordered.cumsum(0)[:-1].square() * count / (below * (count - below))
     # Equal values belong together: no cut between them.
     between[ordered[1:] == ordered[:-1]] = -1
     cut = int(between.argmax())
+    lower, upper = ordered[: cut + 1], ordered[cut + 1 :]
+    spread = float(lower.std(correction=0) + upper.std(correction=0))
+    gap = float(upper.mean() - lower.mean())
     fit = float(between[cut] / ordered.square().sum())
-    return Split(float(values.double().sort().values[cut]), min(max(fit, 0.0), 1.0))
+    return Split(float(values[cut]), min(max(fit, 0.0), 1.0), gap / max(spread, 1e-9 * gap))
 
 
 def linearity_scores(activations: Tensor, probabilities: Tensor) -> Tensor:
@@ -83,8 +89,8 @@ class Analysis:
     """By layer, int64 channels, the worst first."""
     suspects: Tensor
     """bool (N,)."""
-    fit: float
-    """How clearly the images fall into two groups, see :class:`Split`; of the best neuron in mode paper."""
+    separation: float
+    """How clearly the images fall into two groups, see :class:`Split`; in mode paper, by the best neuron."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,9 @@ class NONE:
     group that lie ``deviations`` beyond the lower group's mean are dropped; channels are initialised anew.
 
     The code always splits, so it is told whether the data are poisoned. A defender is not: images are dropped
-    only where the two groups are really there (``fit``). That is ours.
+    only where two groups are really there (``separation``). That is ours. The paper's threshold of .95, "the
+    standard value that evaluates the quality of such separation", may mean the goodness of variance fit; but
+    with one image in a hundred poisoned that is .65, with all of them told apart, and as much with none poisoned.
     """
 
     mode: Mode = "released"
@@ -108,9 +116,8 @@ class NONE:
     theta: Annotated[float, Interval(gt=0, le=1)] = 0.95
     deviations: Annotated[float, Gt(0)] = 3.0
     """lambda, not stated in the paper."""
-    fit: Annotated[float, Interval(ge=0, le=1)] = 0.95
-    """Least goodness of variance fit; the paper's "standard value that evaluates the quality of such
-    separation" may be meant so."""
+    separation: Annotated[float, Ge(0)] = 3.0
+    """Images are dropped only from groups at least so far apart, see :class:`Split`."""
     epochs: Annotated[int, Ge(1)] = 20
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     seed: int = 0
@@ -144,7 +151,8 @@ class NONE:
         )
         for number in range(self.rounds):
             analysis = self.analyse(model, data)
-            dropped = analysis.suspects if analysis.fit >= self.fit else torch.zeros_like(dropped)
+            apart = analysis.separation >= self.separation
+            dropped = analysis.suspects if apart else torch.zeros_like(dropped)
             # Without any image of a class left, there is nothing to train it on.
             emptied = (data.class_counts > 0) & (data.select(~dropped).class_counts == 0)
             if bool(emptied.any()):
@@ -159,7 +167,8 @@ class NONE:
             found.append(
                 {
                     "compromised": {path: each.tolist() for path, each in analysis.compromised.items()},
-                    "fit": analysis.fit,
+                    "separation": analysis.separation,
+                    "suspects": int(analysis.suspects.sum()),
                     "dropped": int(dropped.sum()),
                 }
             )
@@ -183,7 +192,7 @@ class NONE:
             compromised[path] = worst
             excitement += values[:, worst[0]]
         split = two_groups(excitement)
-        return Analysis(compromised, excitement > split.at, split.fit)
+        return Analysis(compromised, excitement > split.at, split.separation)
 
     def _paper(self, activations: dict[str, Tensor]) -> Analysis:
         suspects, best = torch.zeros(len(next(iter(activations.values()))), dtype=torch.bool), 0.0
@@ -195,9 +204,9 @@ class NONE:
             for channel in linear.tolist():
                 own = values[:, channel]
                 split = two_groups(own)
-                if split.fit < self.fit:
+                if split.separation < self.separation:
                     continue
-                best = max(best, split.fit)
+                best = max(best, split.separation)
                 lower = own[own <= split.at]
                 apart = (own - lower.mean()).abs() >= self.deviations * lower.std().clamp_min(1e-12)
                 suspects |= (own > split.at) & apart
