@@ -106,8 +106,8 @@ class NONE:
 
     The code always splits, so it is told whether the data are poisoned. A defender is not: images are dropped
     only where two groups are really there (``separation``). That is ours. The paper's threshold of .95, "the
-    standard value that evaluates the quality of such separation", may mean the goodness of variance fit; but
-    with one image in a hundred poisoned that is .65, with all of them told apart, and as much with none poisoned.
+    standard value that evaluates the quality of such separation", may mean the goodness of variance fit; with
+    one image in a hundred poisoned that is .65, all of them told apart, and as much with none poisoned.
     """
 
     mode: Mode = "released"
