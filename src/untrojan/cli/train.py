@@ -23,8 +23,11 @@ def train(
     out: options.Out,
     net: options.Net = "patch-cnn",
     defense: Annotated[
-        Literal["plain", "none"],
-        typer.Option(help="plain, or none: NONE finds the neurons a backdoor needs, resets them, trains on."),
+        Literal["plain", "none", "abl"],
+        typer.Option(
+            help="plain; none (NONE): find the neurons a backdoor needs, reset them, train on; abl: unlearn "
+            "the images that are learned first."
+        ),
     ] = "plain",
     defense_option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the defence; repeatable.")
@@ -118,7 +121,7 @@ def _defense(name: str, given: list[str] | None, seed: int) -> TrainingDefense |
     settings = inputs.key_values(given, "--defense-option")
     if name == "plain":
         if settings:
-            raise UntrojanError("--defense-option needs a defence: add --defense none, or drop it")
+            raise UntrojanError("--defense-option needs a defence: add --defense none or abl, or drop it")
         return None
     return TRAINING_DEFENSES.build(name, {"seed": seed, **settings})
 

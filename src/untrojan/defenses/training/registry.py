@@ -21,5 +21,6 @@ class TrainingDefense(Protocol):
 
 
 TRAINING_DEFENSES: Registry[TrainingDefense] = Registry(
-    "training defence", {"none": "untrojan.defenses.training.none:NONE"}
+    "training defence",
+    {"none": "untrojan.defenses.training.none:NONE", "abl": "untrojan.defenses.training.abl:ABL"},
 )
