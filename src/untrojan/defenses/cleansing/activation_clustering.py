@@ -107,9 +107,7 @@ class ActivationClustering(ClassCleanser):
 
     @property
     def limit(self) -> float | None:
-        if self.threshold == "published":
-            return PUBLISHED_LIMITS[self.rule]
-        return None if isinstance(self.threshold, str) else self.threshold
+        return PUBLISHED_LIMITS[self.rule] if self.threshold == "published" else super().limit
 
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
         found = two_clusters(features.at(self.level, rows), self.components, self.reduction, self.seed)

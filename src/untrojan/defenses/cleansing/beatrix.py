@@ -127,11 +127,7 @@ class Beatrix(ClassCleanser):
     # Squared discrepancies times shares: where no class has suspects, all are exactly 0.
     least_spread: ClassVar[float] = 0.01
 
-    @property
-    def limit(self) -> float | None:
-        if self.threshold == "published":
-            return PUBLISHED_LIMIT
-        return None if isinstance(self.threshold, str) else self.threshold
+    published_limit: ClassVar[float] = PUBLISHED_LIMIT
 
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
         """As :meth:`examine_all` does, at its full cost: a class is judged by all the others."""

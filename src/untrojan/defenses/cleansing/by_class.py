@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -45,21 +45,27 @@ REMOVES_ALWAYS = -math.inf
 
 
 class ClassCleanser(ABC):
-    """A cleanser made of :meth:`examine`. Its dataclass has fields ``level`` and ``significance``."""
+    """A cleanser made of :meth:`examine`. Its dataclass has the fields ``level``, ``significance`` and
+    ``threshold``."""
 
     level: str
     """Where features are taken, see :mod:`untrojan.models.taps`; ``s1+s2+s3`` fuses levels."""
     significance: float
     """The share of clean sets that may be called poisoned where there is no limit."""
+    threshold: float | Literal["published", "calibrated"]
+    """The limit of the statistic, or where it comes from."""
+    published_limit: ClassVar[float] = REMOVES_ALWAYS
     fewest: ClassVar[int] = 4
     """Smaller classes are left out, and named in the evidence."""
     least_spread: ClassVar[float] = 0.0
     """The least standard deviation of clean classes' statistics, however alike those at hand are."""
 
     @property
-    @abstractmethod
     def limit(self) -> float | None:
         """Classes above it are poisoned; None judges by p-values. See :data:`REMOVES_ALWAYS`."""
+        if self.threshold == "published":
+            return self.published_limit
+        return None if isinstance(self.threshold, str) else self.threshold
 
     @abstractmethod
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:

@@ -98,11 +98,7 @@ class ClusterImpurity(ClassCleanser):
     # -ln of shares: where blurring changes no prediction, all classes are exactly 0.
     least_spread: ClassVar[float] = 0.01
 
-    @property
-    def limit(self) -> float | None:
-        if self.threshold == "published":
-            return PUBLISHED_LIMIT
-        return None if isinstance(self.threshold, str) else self.threshold
+    published_limit: ClassVar[float] = PUBLISHED_LIMIT
 
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
         components = mixture_components(features.at(self.level, rows), self.seed)

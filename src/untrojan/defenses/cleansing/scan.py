@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Interval
@@ -162,11 +162,7 @@ class StatisticalContamination(ClassCleanser):
     significance: Annotated[float, Interval(gt=0, lt=1)] = 0.05
     seed: int = 0
 
-    @property
-    def limit(self) -> float | None:
-        if self.threshold == "published":
-            return PUBLISHED_LIMIT
-        return None if isinstance(self.threshold, str) else self.threshold
+    published_limit: ClassVar[float] = PUBLISHED_LIMIT
 
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
         """As :meth:`examine_all` does, at its full cost: a class is judged by what all have in common."""

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from untrojan.defenses.cleansing.by_class import REMOVES_ALWAYS, ClassCleanser, ClassFinding
+from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding
 from untrojan.defenses.cleansing.features import Features
 
 SMALL = 1024
@@ -108,12 +108,6 @@ class SpectralSignatures(ClassCleanser):
     """Score as the released code does, see :func:`spectral_scores`."""
     level: str = "penultimate"
     significance: Annotated[float, Interval(gt=0, lt=1)] = 0.05
-
-    @property
-    def limit(self) -> float | None:
-        if self.threshold == "published":
-            return REMOVES_ALWAYS
-        return None if isinstance(self.threshold, str) else self.threshold
 
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
         scores = spectral_scores(features.at(self.level, rows), self.uncentred)

@@ -14,7 +14,7 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
-from untrojan.defenses.cleansing.by_class import REMOVES_ALWAYS, ClassCleanser, ClassFinding
+from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding
 from untrojan.defenses.cleansing.features import Features
 from untrojan.defenses.cleansing.spectral_signatures import (
     centred,
@@ -140,12 +140,6 @@ class Spectre(ClassCleanser):
     most_components: Annotated[int, Ge(1)] = 100
     level: str = "penultimate"
     significance: Annotated[float, Interval(gt=0, lt=1)] = 0.05
-
-    @property
-    def limit(self) -> float | None:
-        if self.threshold == "published":
-            return REMOVES_ALWAYS
-        return None if isinstance(self.threshold, str) else self.threshold
 
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
         found = robust_spectrum(

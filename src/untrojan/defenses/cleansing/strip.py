@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.cleansing.by_class import REMOVES_ALWAYS, ClassCleanser, ClassFinding
+from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding
 from untrojan.defenses.cleansing.features import Features
 from untrojan.models.classifier import Classifier, evaluating
 from untrojan.progress import task
@@ -131,12 +131,6 @@ class Strip(ClassCleanser):
 
     # No field: predictions are all that STRIP looks at.
     level = "penultimate"
-
-    @property
-    def limit(self) -> float | None:
-        if self.threshold == "published":
-            return REMOVES_ALWAYS
-        return None if isinstance(self.threshold, str) else self.threshold
 
     def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
         """As :meth:`examine_all` does, at its full cost: a class is judged by all the others."""

@@ -81,10 +81,6 @@ class SubspaceReconstruction(ClassCleanser):
     significance: Annotated[float, Interval(gt=0, lt=1)] = 0.05
     seed: int = 0
 
-    @property
-    def limit(self) -> float | None:
-        return None if isinstance(self.threshold, str) else self.threshold
-
     def judge(self, features: Features) -> CleansingReport:
         """Raises UntrojanError without trusted images."""
         if features.trusted is None:
