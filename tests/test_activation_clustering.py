@@ -10,33 +10,23 @@ import pytest
 import torch
 from torch import nn
 
-from untrojan.data.image_set import ImageSet, numbered
+import known_features
+from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing.activation_clustering import ActivationClustering, reduced, two_clusters
 from untrojan.defenses.cleansing.by_class import log_upper_prediction, outlying_classes
 from untrojan.defenses.cleansing.features import Features
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier
 
-CLASSES, EACH, PIXELS = 6, 60, 48
+CLASSES, EACH = 6, 60
 
 
-def pixels_as_features(num_classes: int = CLASSES) -> Classifier:
-    """A linear model: its penultimate features are the pixels."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, num_classes))
-    return Classifier(network, num_classes, torch.zeros(3), torch.ones(3))
+def pixels_as_features() -> Classifier:
+    return known_features.pixels_as_features(CLASSES)
 
 
 def noise_with_a_shifted_group(poisoned: int = 15, shift: float = 60.0) -> tuple[ImageSet, torch.Tensor]:
-    """Gaussian pixels; in class 2 the first ``poisoned`` images are shifted by ``shift`` grey levels."""
-    random = torch.Generator().manual_seed(0)
-    pixels = 100 + 10 * torch.randn(CLASSES * EACH, PIXELS, generator=random)
-    labels = torch.arange(CLASSES).repeat_interleave(EACH)
-    truth = torch.zeros(len(labels), dtype=torch.bool)
-    truth[2 * EACH : 2 * EACH + poisoned] = True
-    pixels[truth, ::3] += shift
-    images = pixels.clamp(0, 255).round().to(torch.uint8).view(-1, 3, 4, 4)
-    names = tuple(f"class {i}" for i in range(CLASSES))
-    return ImageSet(images, labels, names, numbered(len(labels))), truth
+    return known_features.noise_with_a_shifted_group(CLASSES, EACH, poisoned, shift)
 
 
 def test_the_shifted_group_is_the_smaller_cluster() -> None:
@@ -105,7 +95,9 @@ def test_classes_without_spread_or_without_images() -> None:
 
 def test_fused_levels_weigh_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     data, _ = noise_with_a_shifted_group()
-    network = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(known_features.PIXELS, 5), nn.ReLU(), nn.Linear(5, CLASSES)
+    )
     model = Classifier(network, CLASSES, torch.zeros(3), torch.ones(3))
     features = Features(model, data)
     both = features.at("network.1+penultimate", torch.arange(10))

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
-from torch import Tensor, nn
+from torch import Tensor
 
+import known_features
 from untrojan.data.image_set import ImageSet, numbered
 from untrojan.defenses.cleansing.by_class import ClassFinding, with_statistics
 from untrojan.defenses.cleansing.features import Features
@@ -31,9 +32,7 @@ TARGET = 2
 
 
 def pixels_as_features() -> Classifier:
-    """A linear model: its penultimate features are the pixels."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, CLASSES))
-    return Classifier(network, CLASSES, torch.zeros(3), torch.ones(3))
+    return known_features.pixels_as_features(CLASSES)
 
 
 def identities_and_variation(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from untrojan.data.image_set import ImageSet, numbered
+import known_features
+from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing import spectral_signatures
 from untrojan.defenses.cleansing.by_class import ClassCleanser
 from untrojan.defenses.cleansing.spectral_signatures import (
@@ -31,26 +31,15 @@ from untrojan.defenses.cleansing.spectre import (
 )
 from untrojan.models.classifier import Classifier
 
-CLASSES, EACH, PIXELS = 6, 200, 48
+CLASSES, EACH = 6, 200
 
 
 def pixels_as_features() -> Classifier:
-    """A linear model: its penultimate features are the pixels."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, CLASSES))
-    return Classifier(network, CLASSES, torch.zeros(3), torch.ones(3))
+    return known_features.pixels_as_features(CLASSES)
 
 
 def noise_with_a_shifted_group(poisoned: int = 25, shift: float = 60.0) -> tuple[ImageSet, torch.Tensor]:
-    """Gaussian pixels; in class 2 the first ``poisoned`` images are shifted by ``shift`` grey levels."""
-    random = torch.Generator().manual_seed(0)
-    pixels = 100 + 10 * torch.randn(CLASSES * EACH, PIXELS, generator=random)
-    labels = torch.arange(CLASSES).repeat_interleave(EACH)
-    truth = torch.zeros(len(labels), dtype=torch.bool)
-    truth[2 * EACH : 2 * EACH + poisoned] = True
-    pixels[truth, ::3] += shift
-    images = pixels.clamp(0, 255).round().to(torch.uint8).view(-1, 3, 4, 4)
-    names = tuple(f"class {i}" for i in range(CLASSES))
-    return ImageSet(images, labels, names, numbered(len(labels))), truth
+    return known_features.noise_with_a_shifted_group(CLASSES, EACH, poisoned, shift)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

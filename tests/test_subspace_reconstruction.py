@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
+import known_features
 from untrojan.data.image_set import ImageSet, numbered
 from untrojan.defenses.cleansing.features import Features
 from untrojan.defenses.cleansing.subspace_reconstruction import (
@@ -24,9 +24,7 @@ CLASSES, PIXELS = 6, 48
 
 
 def pixels_as_features() -> Classifier:
-    """A linear model: its penultimate features are the pixels."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, CLASSES))
-    return Classifier(network, CLASSES, torch.zeros(3), torch.ones(3))
+    return known_features.pixels_as_features(CLASSES)
 
 
 def images_near_subspaces(each: int, poisoned: int, seed: int) -> tuple[ImageSet, torch.Tensor]:
