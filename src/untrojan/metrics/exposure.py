@@ -80,9 +80,9 @@ def exposure(
     asked = detector
     if any(field.name == "count" for field in fields(cast("Any", detector))):
         asked = replace(cast("Any", detector), count=max(1, len(carriers)))
-    report = asked.judge(Features(model, attacked, trusted))
+    seen = Features(model, attacked, trusted)
+    report, found = asked.judge(seen), asked.examine_all(seen).get(target)
     alarm = asked.judge(Features(model, ordinary, trusted))
-    found = asked.examine_all(Features(model, attacked, trusted)).get(target)
     rates: tuple[float | None, float | None, float | None] = (None, None, None)
     if found is not None and min(len(carriers), len(rows[target])) >= FEWEST:
         truth = (torch.arange(len(attacked)) >= len(ordinary))[attacked.labels == target]
