@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from untrojan.attacks.poisoning import PoisonedData, Poisoning, PoisonRecord
 from untrojan.audit import AuditOptions, audit, doubted, metrics_of
 from untrojan.data.image_set import ImageSet, Splits, numbered
+from untrojan.defenses.cleansing.by_class import ClassCleanser
 from untrojan.defenses.cleansing.pattern_removal import remove, threshold_between
 from untrojan.defenses.cleansing.probe import (
     ProbeCheck,
@@ -87,6 +88,18 @@ def test_further_methods_are_asked_and_decide_nothing(poisoned: PoisonedData, fo
     told = metrics["opinions"]["reverse-engineering"]
     assert (told["verdict"], told["target_names"]) == ("poisoned", ["blob 2"])
     assert told["flagged_by_both"] == int((other.flagged & both.report.flagged).sum())
+
+
+def test_what_removes_from_every_class_is_asked_for_p_values() -> None:
+    """As published such a method would call every clean set poisoned."""
+    found = AuditOptions(methods=("spectral-signatures", "spectre", "strip", "cluster-impurity")).cleansers()
+    limits = {name: each.limit for name, each in found.items() if isinstance(each, ClassCleanser)}
+    assert limits == {
+        "spectral-signatures": None, "spectre": None, "strip": None, "cluster-impurity": 0.5,
+    }  # fmt: skip
+    model = audit(blobs().train, AuditOptions(net="patch-cnn@0.25", recipe=QUICK)).model
+    asked = AuditOptions(methods=("spectral-signatures",))
+    assert audit(blobs().train, asked, model=model).report.verdict == "clean"
 
 
 def test_no_method_and_unknown_settings_are_refused() -> None:

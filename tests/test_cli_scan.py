@@ -93,3 +93,11 @@ def test_images_of_other_classes_are_refused(
     command = ["scan", case[0], "--data", str(tmp_path / "other.npz"), "--out", str(tmp_path / "out")]
     assert main(command) == 2
     assert "its class 0 is 'ant', the data's is 'a'" in capsys.readouterr().err
+
+
+def test_a_model_of_ones_own_leaves_no_room_for_a_second_probe(
+    case: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["audit", case[1], "--model", case[0], "--second-preset", "desk-victim"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "give one of them" in capsys.readouterr().err

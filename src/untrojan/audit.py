@@ -11,7 +11,7 @@ import torch
 
 from untrojan.cost import Cost, measure
 from untrojan.data.image_set import ImageSet, Splits
-from untrojan.defenses.cleansing.by_class import ClassCleanser
+from untrojan.defenses.cleansing.by_class import REMOVES_ALWAYS, ClassCleanser
 from untrojan.defenses.cleansing.features import Features
 from untrojan.defenses.cleansing.probe import (
     POTENT,
@@ -63,7 +63,11 @@ class AuditOptions:
     seed: int = 0
 
     def cleansers(self) -> dict[str, Cleanser]:
-        """The methods by name. Raises UntrojanError for an unknown one, or for none."""
+        """The methods by name. Raises UntrojanError for an unknown one, or for none.
+
+        Those that, as published, remove a share of every class would call every set poisoned: an audit asks
+        them for p-values.
+        """
         if not self.methods:
             raise UntrojanError("an audit needs a method")
         settings: dict[str, Any] = {
@@ -73,7 +77,11 @@ class AuditOptions:
             settings["level"] = self.level
         if self.calibrate:
             settings["threshold"] = "calibrated"
-        return {name: build_with(name, settings) for name in self.methods}
+        found = {name: build_with(name, settings) for name in self.methods}
+        for name, cleanser in found.items():
+            if isinstance(cleanser, ClassCleanser) and cleanser.limit == REMOVES_ALWAYS:
+                found[name] = build_with(name, settings | {"threshold": "calibrated"})
+        return found
 
     def training_recipes(self, images: int) -> tuple[Recipe, ...]:
         """The probes' recipes for a set of so many images. Raises UntrojanError for an unknown preset."""

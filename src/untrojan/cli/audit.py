@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from untrojan.cli import inputs, options
+from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,6 +105,8 @@ def audit(
     from untrojan.runs import RunFolder
 
     check_name(net)
+    if model is not None and second_preset is not None:
+        raise UntrojanError("--second-preset trains a probe and --model brings one: give one of them")
     choices = AuditOptions(
         methods=method_names(method, trusted is not None),
         level=level,

@@ -320,6 +320,10 @@ class _Search:
         self.next_confirmation = torch.zeros(count, dtype=torch.int64)
         self.solved = torch.zeros(count, dtype=torch.bool)
         self.finished = torch.zeros(count, dtype=torch.bool)
+        self.begin(count)
+
+    def begin(self, count: int) -> None:
+        """What a kind of search keeps besides, for each of so many pairs."""
 
     def chunks(self) -> list[Tensor]:
         """The pairs still searching, in groups that fill one forward each."""
@@ -433,18 +437,9 @@ class _Search:
 class _ShrinkingSearch(_Search):
     """A search whose parameters go on shrinking; see :class:`Shrink`."""
 
-    def __init__(
-        self,
-        model: Classifier,
-        pools: ClassPools,
-        pairs: Tensor,
-        problem: Problem,
-        schedule: Schedule,
-        start: Tensor | None,
-    ) -> None:
-        super().__init__(model, pools, pairs, problem, schedule, start)
-        assert schedule.shrink is not None
-        self.shrink, count = schedule.shrink, len(pairs)
+    def begin(self, count: int) -> None:
+        assert self.schedule.shrink is not None
+        self.shrink = self.schedule.shrink
         self.cost = torch.full((count,), self.shrink.cost)
         self.seen = torch.zeros(count)
         """Sum of the flip fractions since the last look."""

@@ -80,9 +80,11 @@ def exposure(
     asked = detector
     if any(field.name == "count" for field in fields(cast("Any", detector))):
         asked = replace(cast("Any", detector), count=max(1, len(carriers)))
-    seen = Features(model, attacked, trusted)
-    report, found = asked.judge(seen), asked.examine_all(seen).get(target)
+    # First, for it refuses what the detector cannot do without.
     alarm = asked.judge(Features(model, ordinary, trusted))
+    seen = Features(model, attacked, trusted)
+    findings = asked.examine_all(seen)
+    report, found = asked.report(seen, findings), findings.get(target)
     rates: tuple[float | None, float | None, float | None] = (None, None, None)
     if found is not None and min(len(carriers), len(rows[target])) >= FEWEST:
         truth = (torch.arange(len(attacked)) >= len(ordinary))[attacked.labels == target]

@@ -79,9 +79,12 @@ class ClassCleanser(ABC):
 
     def judge(self, features: Features) -> CleansingReport:
         """Judge a set by features that other cleansers may share."""
-        train = features.data
         features.extract([self.level])
-        found = self.examine_all(features)
+        return self.report(features, self.examine_all(features))
+
+    def report(self, features: Features, found: Mapping[int, ClassFinding]) -> CleansingReport:
+        """The report on what :meth:`examine_all` has found."""
+        train = features.data
         statistics = {label: finding.statistic for label, finding in found.items()}
         log_p_values: dict[int, float] = {}
         if self.limit is not None:
