@@ -1,0 +1,22 @@
+"""Repairs by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from untrojan.data.image_set import ImageSet
+from untrojan.defenses.repair.report import RepairReport
+from untrojan.models.classifier import Classifier
+from untrojan.registry import Registry
+
+
+class Repair(Protocol):
+    """Mends a model with a few clean images; never sees a triggered one. The given model stays as it was."""
+
+    def __call__(
+        self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None
+    ) -> RepairReport: ...
+
+
+REPAIRS: Registry[Repair] = Registry("repair", {})
