@@ -17,6 +17,7 @@ from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING
 
 from untrojan.errors import UntrojanError
+from untrojan.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from untrojan.bench.runner import Job
@@ -65,6 +66,7 @@ def _start(worker: Callable[[Job], None], job: Job) -> SpawnProcess:
 
 def _run(worker: Callable[[Job], None], job: Job) -> None:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    keep_freed_memory()
     try:
         worker(job)
     except UntrojanError as error:

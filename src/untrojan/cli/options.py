@@ -70,7 +70,9 @@ Json = Annotated[
 def begin(threads: int | None, quiet: bool) -> None:
     """Apply ``--threads`` and ``--quiet``; called first, before any numerical library is imported."""
     from untrojan import progress
+    from untrojan.memory import keep_freed_memory
 
+    keep_freed_memory()
     if threads is not None:
         # The variables reach the pools of libraries that are yet to be loaded, the call the one that is.
         if "torch" not in sys.modules:
