@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,16 @@ def in_turns(ways: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, f
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def in_turns_apart(script: str, ways: list[str], rounds: int = 3) -> dict[str, float]:
+    """Median seconds of ways that must not share a process: ``python SCRIPT WAY`` prints what it took."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            done = subprocess.run([sys.executable, script, way], capture_output=True, text=True, check=True)
+            seconds[way].append(float(done.stdout))
+    return {way: statistics.median(values) for way, values in seconds.items()}
 
 
 def report(name: str, seconds: dict[str, float], slow: str, fast: str, wanted: float) -> None:

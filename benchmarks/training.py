@@ -1,17 +1,24 @@
-"""The training loop against an ordinary DataLoader with transforms image by image; one epoch each."""
+"""The training loop against an ordinary DataLoader with transforms image by image; one epoch each.
+
+Each way has processes of its own, for memory that is kept is kept for all of a process.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import in_turns, report
+from common import in_turns, in_turns_apart, report
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
+from untrojan.memory import keep_freed_memory
 from untrojan.models.registry import build_for
 from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
@@ -41,26 +48,46 @@ class Images(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255, self.labels[index]
 
 
+def ordinary(architecture: str, data: ImageSet) -> Callable[[], None]:
+    images = Images(data)
+
+    def epoch() -> None:
+        model = build_for(data, architecture).train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
+        # The wrapper would switch to channels-last; an ordinary script runs the bare network.
+        network = model.network.to(memory_format=torch.contiguous_format)
+        for batch, labels in DataLoader(images, 128, shuffle=True):
+            loss = F.cross_entropy(network((batch - model.mean) / model.std), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return epoch
+
+
+def ours(architecture: str, data: ImageSet) -> Callable[[], object]:
+    # As every command does; for a whole process, hence one for each way.
+    keep_freed_memory()
+    return lambda: train(build_for(data, architecture), data, RECIPE)
+
+
+WAYS = {"ordinary loop": ordinary, "our loop": ours}
+
+
+def seconds_of(way: str, architecture: str, epochs: int = 3) -> float:
+    """The median epoch, after an unmeasured one."""
+    epoch = WAYS[way](architecture, make_signs(train_per_class=300, test_per_class=1).train)
+    return in_turns({way: epoch}, epochs)[way]
+
+
 def main() -> None:
-    data = make_signs(train_per_class=300, test_per_class=1).train
+    if len(sys.argv) > 1:
+        way, architecture = sys.argv[1].split(", ")
+        print(seconds_of(way, architecture))
+        return
     for architecture in ("cnn", "resnet18-compact"):
-        images = Images(data)
-
-        def ordinary(architecture: str = architecture, images: Images = images) -> None:
-            model = build_for(data, architecture).train()
-            optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
-            # The wrapper would switch to channels-last; an ordinary script runs the bare network.
-            network = model.network.to(memory_format=torch.contiguous_format)
-            for batch, labels in DataLoader(images, 128, shuffle=True):
-                loss = F.cross_entropy(network((batch - model.mean) / model.std), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-
-        def ours(architecture: str = architecture) -> None:
-            train(build_for(data, architecture), data, RECIPE)
-
-        seconds = in_turns({"ordinary loop": ordinary, "our loop": ours}, rounds=3)
+        taken = in_turns_apart(__file__, [f"{way}, {architecture}" for way in WAYS])
+        seconds = {way: taken[f"{way}, {architecture}"] for way in WAYS}
         report(f"training-{architecture}", seconds, "ordinary loop", "our loop", wanted=2.0)
 
 

@@ -281,6 +281,7 @@ BAD_OPTIONS = [
     ("train {data} --out {out} --learning-rate 0", "learning_rate"),
     ("audit {data} --out {out} --false-alarm-rate 2", "false-alarm-rate"),
     ("audit {data} --out {out} --schedule slow", "schedule"),
+    ("audit {data} --out {out} --level s1", "level 's1'"),
     ("audit {data} --out {out} --model nowhere.pt", "nowhere.pt"),
     ("audit {data} --out {out} --write-clean {data}", "--overwrite"),
     ("audit {data} --out {out} --write-clean {out}/clean.docx", "clean.docx"),

@@ -63,7 +63,8 @@ class AuditOptions:
     seed: int = 0
 
     def cleansers(self) -> dict[str, Cleanser]:
-        """The methods by name. Raises UntrojanError for an unknown one, or for none.
+        """The methods by name. Raises UntrojanError for an unknown one, for none, or for a level that none of
+        them would look at.
 
         Those that, as published, remove a share of every class would call every set poisoned: an audit asks
         them for p-values.
@@ -81,6 +82,11 @@ class AuditOptions:
         for name, cleanser in found.items():
             if isinstance(cleanser, ClassCleanser) and cleanser.limit == REMOVES_ALWAYS:
                 found[name] = build_with(name, settings | {"threshold": "calibrated"})
+        if self.level is not None and not any(isinstance(each, ClassCleanser) for each in found.values()):
+            raise UntrojanError(
+                f"level {self.level!r} is for methods that judge by features, and none was named: "
+                "add one, as in --method re,ac"
+            )
         return found
 
     def training_recipes(self, images: int) -> tuple[Recipe, ...]:
