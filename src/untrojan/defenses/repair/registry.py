@@ -19,4 +19,12 @@ class Repair(Protocol):
     ) -> RepairReport: ...
 
 
-REPAIRS: Registry[Repair] = Registry("repair", {})
+REPAIRS: Registry[Repair] = Registry(
+    "repair",
+    {
+        "anp": "untrojan.defenses.repair.anp:ANP",
+        "clp": "untrojan.defenses.repair.clp:CLP",
+        "ft-sam": "untrojan.defenses.repair.ft_sam:FTSAM",
+        "i-bau": "untrojan.defenses.repair.ibau:IBAU",
+    },
+)
