@@ -29,6 +29,8 @@ BatchTransform = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tenso
 AugmentedTransform = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(float images, labels, row numbers, generator) -> images and labels, after augmentation: a trigger that
 must not be cropped or mirrored, say."""
+OptimizerWrapper = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
+"""The recipe's optimizer -> one that does more at each step, whose state is the same: private gradients, say."""
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -69,6 +71,7 @@ def train(
     method: str = "",
     freeze_statistics: bool = False,
     after_epoch: Callable[[int, Epoch], None] | None = None,
+    wrap_optimizer: OptimizerWrapper | None = None,
 ) -> TrainingHistory:
     """Train ``model`` in place and leave it in evaluation mode.
 
@@ -77,7 +80,8 @@ def train(
     have taken: the same seed on the same number of threads gives the same weights bit for bit. ``method``
     is whatever else decides the weights, such as what ``loss`` is and its settings, as text: the checkpoint
     of another method is another run's. With ``freeze_statistics`` batch norm normalises by its running
-    statistics and leaves them as they are.
+    statistics and leaves them as they are. ``wrap_optimizer`` gets the recipe's optimizer and gives the one
+    that takes the steps in its place.
 
     Raises UntrojanError where the loss stops being a number, the checkpoint belongs to another run, or
     the model has not as many outputs as the data have classes.
@@ -97,6 +101,7 @@ def train(
         batch_transform,
         augmented_transform,
         method,
+        wrap_optimizer,
     )
     run.restore(checkpoint)
     with (
@@ -170,6 +175,7 @@ class _Run:
         batch_transform: BatchTransform | None,
         augmented_transform: AugmentedTransform | None,
         method: str,
+        wrap_optimizer: OptimizerWrapper | None,
     ) -> None:
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         self.loss, self.batch_transform = loss, batch_transform
@@ -183,6 +189,8 @@ class _Run:
             raise UntrojanError("training needs at least two images")
         self.total_steps = recipe.epochs * self.steps_an_epoch
         self.optimizer = _optimizer(model, recipe)
+        if wrap_optimizer is not None:
+            self.optimizer = wrap_optimizer(self.optimizer)
         self.schedule = _schedule(self.optimizer, recipe, self.total_steps, self.steps_an_epoch)
         self.step = 0
         self.history = TrainingHistory()
