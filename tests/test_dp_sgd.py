@@ -161,7 +161,7 @@ def test_group_norms_keep_shape_and_weights() -> None:
     norms = [nn.BatchNorm2d(channels) for channels in (3, 12, 48, 64, 512)]
     nn.init.constant_(norms[1].weight, 0.5)
     network = with_group_norm(nn.Sequential(*norms, norms[0]))
-    made = list(network.children())
+    made = list(network)
     assert [each.num_groups for each in made] == [1, 3, 12, 16, 32, 1]  # type: ignore[union-attr]
     assert made[0] is made[-1], "a module that runs twice stays one"
     assert float(made[1].weight.mean()) == 0.5  # type: ignore[arg-type]

@@ -49,7 +49,8 @@ MOST_CLASSES = 100_000
 
 
 def names() -> tuple[str, ...]:
-    """The built-in architectures. Each takes a width multiplier, as in ``vgg16@0.25``, and :data:`GROUP_NORM`."""
+    """The built-in architectures. Each takes a width multiplier, as in ``vgg16@0.25``, and the ending
+    :data:`GROUP_NORM`."""
     return tuple(_PLACES)
 
 
@@ -71,10 +72,10 @@ def build(
     """A freshly initialised classifier, in training mode, on the CPU, in channels-last memory format.
 
     ``architecture`` is a registry name or the user's ``module:factory``, with an optional width multiplier
-    after ``@`` and :data:`GROUP_NORM` after that. A factory is called with those of ``num_classes``, ``in_channels``, ``image_size`` (the
-    shorter side) and ``width`` that it names, and its answer is tried on one image. ``image_shape`` is
-    (C, H, W); ``mean`` and ``std`` are (C,) over pixels in [0, 1]. Weights depend on ``seed`` alone, and
-    torch's global random state is left as it was.
+    after ``@`` and an optional :data:`GROUP_NORM` after that. A factory is called with those of
+    ``num_classes``, ``in_channels``, ``image_size`` (the shorter side) and ``width`` that it names, and its
+    answer is tried on one image. ``image_shape`` is (C, H, W); ``mean`` and ``std`` are (C,) over pixels in
+    [0, 1]. Weights depend on ``seed`` alone, and torch's global random state is left as it was.
 
     Raises UntrojanError for an unknown name, an impossible shape, or anything the user's code raises.
     """

@@ -30,7 +30,7 @@ AugmentedTransform = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[T
 """(float images, labels, row numbers, generator) -> images and labels, after augmentation: a trigger that
 must not be cropped or mirrored, say."""
 OptimizerWrapper = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
-"""The recipe's optimizer -> one that does more at each step, whose state is the same: private gradients, say."""
+"""The recipe's optimizer -> one that does more at each step and has the same state."""
 
 CHECKPOINT_SECONDS = 30.0
 

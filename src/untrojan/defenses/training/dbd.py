@@ -52,16 +52,19 @@ def symmetric_cross_entropy(logits: Tensor, labels: Tensor, forward: float, reve
     return forward * F.cross_entropy(logits, labels, reduction="none") + reverse * bound * wrong
 
 
-def credible_images(losses: Tensor, labels: Tensor, share: float) -> Tensor:
-    """bool (N,): the ``share`` of images with the least loss, (N,).
+def credible_images(losses: Tensor, labels: Tensor, share: float, by_class: bool) -> Tensor:
+    """bool (N,): the ``share`` of images with the least loss, (N,); of each class, or of all together.
 
-    A class that would be left without any keeps its own least one; that is ours.
+    Of all together, a class that would be left without any keeps its own least one.
     """
     chosen = torch.zeros(len(losses), dtype=torch.bool)
     order = losses.argsort(stable=True)
-    chosen[order[: max(1, round(share * len(losses)))]] = True
-    for label in set(labels.unique().tolist()) - set(labels[chosen].unique().tolist()):
-        chosen[order[labels[order] == label][:1]] = True
+    if not by_class:
+        chosen[order[: max(1, round(share * len(losses)))]] = True
+    for label in labels.unique():
+        own = order[labels[order] == label]
+        if by_class or not bool(chosen[own].any()):
+            chosen[own[: max(1, round(share * len(own)) if by_class else 1)]] = True
     return chosen
 
 
@@ -101,6 +104,9 @@ class DBD:
     reverse_weight: Annotated[float, Ge(0)] = 1.0
     credible: Annotated[float, Interval(gt=0, lt=1)] = 0.5
     """Share of the images whose labels are believed."""
+    by_class: bool = True
+    """Whether that is of each class. The paper splits all as one, which starves classes that are hard to tell
+    where features are learned from few images: training on the split then starves them further."""
     renewed: bool = True
     """Whether the split is made anew after each epoch of fine-tuning, as the code does."""
     learning_rate: Annotated[float, Gt(0)] = 2e-3
@@ -193,7 +199,7 @@ class DBD:
 
     def _split(self, model: Classifier, data: ImageSet) -> Tensor:
         losses = self._head_loss(logits_of(model, data.images), data.labels)
-        return credible_images(losses, data.labels, self.credible)
+        return credible_images(losses, data.labels, self.credible, self.by_class)
 
     def _fine_tune(
         self, model: Classifier, data: ImageSet, recipe: Recipe, credible: Tensor, checkpoint: Path | None
@@ -224,7 +230,7 @@ class DBD:
     def mixmatch_loss(
         self, model: Classifier, images: Tensor, labels: Tensor, credible: Tensor, weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Berthelot et al., "MixMatch", NeurIPS 2019, equations 2 to 5, and logits (B, K) of the mixed images.
+        """Berthelot et al., "MixMatch", NeurIPS 2019, equations 2 to 5; logits (B, K) of the mixed images.
 
         ``images`` (2B, C, H, W) are two augmentations of each; ``labels`` (B,) count where ``credible`` (B,).
         """

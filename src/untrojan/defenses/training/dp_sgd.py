@@ -1,7 +1,8 @@
-"""DP-SGD: no image moves the model far, so a few poisoned ones cannot plant a backdoor. Its price is accuracy.
+"""DP-SGD: no image moves the model far, so a few poisoned ones plant no backdoor. Its price is accuracy.
 
 Abadi et al., "Deep Learning with Differential Privacy", CCS 2016; against poisoning Hong et al., "On the
-Effectiveness of Mitigating Data Poisoning Attacks with Gradient Shaping", 2020. On Opacus (extra ``privacy``).
+Effectiveness of Mitigating Data Poisoning Attacks with Gradient Shaping", 2020. Runs on Opacus, the extra
+``privacy``.
 """
 
 from __future__ import annotations

@@ -22,5 +22,11 @@ class TrainingDefense(Protocol):
 
 TRAINING_DEFENSES: Registry[TrainingDefense] = Registry(
     "training defence",
-    {"none": "untrojan.defenses.training.none:NONE", "abl": "untrojan.defenses.training.abl:ABL"},
+    {
+        "none": "untrojan.defenses.training.none:NONE",
+        "abl": "untrojan.defenses.training.abl:ABL",
+        "dp-sgd": "untrojan.defenses.training.dp_sgd:DPSGD",
+        "dbd": "untrojan.defenses.training.dbd:DBD",
+        "cleanse-none": "untrojan.defenses.training.cleanse_then_none:CleanseThenNONE",
+    },
 )
