@@ -61,7 +61,10 @@ def _attack_options(entry: AttackEntry) -> dict[str, Any] | None:
 
 def _defense_options(entry: DefenseEntry) -> dict[str, Any]:
     from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.defenses.training.registry import TRAINING_DEFENSES
 
+    if entry.training is not None:
+        return options_of(TRAINING_DEFENSES.build(entry.training, entry.options))
     if entry.cleanser is None:
         return {}
     return options_of(CLEANSERS.build(entry.cleanser, entry.options))
@@ -94,14 +97,17 @@ class _Expansion:
             stages["clean_model"] = self._clean_model(poisoned, attack_name)
         if defense.cleanser is not None:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
+        if defense.training is not None:
+            stages |= self._trained_defended(attack_name, defense_name, defense, poisoned, seed)
         axes = self._axes(attack_name, defense_name)
+        deciding = stages.get("audit") or stages.get("defense")
         config = {
             "data": dict(self.data.config),
             "architecture": self.net.architecture,
             "victim": self.resolved.recipes[self.net.victim],
             "probe": self.resolved.recipes[self.net.probe],
             "attack": dict(poisoned.config),
-            "defense": dict(stages["audit"].config) if "audit" in stages else None,
+            "defense": dict(deciding.config) if deciding else None,
         }
         return Cell(axes, stages, config)
 
@@ -109,7 +115,8 @@ class _Expansion:
         """A model that its trainer infected, and a detector that is asked about it."""
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
         options = self.resolved.attacks[attack_name]
-        if attack.sdrm is None or options is None or (defense.cleanser and not defense.exposure):
+        asks_set = defense.training or (defense.cleanser and not defense.exposure)
+        if attack.sdrm is None or options is None or asks_set:
             raise UntrojanError(
                 f"cell {attack_name}/{defense_name}: infected models (sdrm) and exposure go together: keep "
                 "other attacks and defences apart by [[grid]]"
@@ -179,9 +186,7 @@ class _Expansion:
         self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, victim: Stage, seed: int
     ) -> dict[str, Stage]:
         probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe")
-        options = dict(self.resolved.defenses[name])
-        if "seed" in options and "seed" not in defense.options:
-            options["seed"] = seed
+        options = self._seeded(name, defense, seed)
         config: dict[str, Any] = {"cleanser": defense.cleanser, "options": options}
         if not defense.canaries:
             config["canaries"] = False
@@ -203,6 +208,33 @@ class _Expansion:
             )  # fmt: skip
             stages["retrained"] = self._evaluated(retrained, poisoned, f"{attack} {name} after retraining")
         return stages
+
+    def _trained_defended(
+        self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, seed: int
+    ) -> dict[str, Stage]:
+        known = {"data": self.data, "poisoned": poisoned}
+        config = {
+            "architecture": self.net.architecture,
+            "recipe": self.resolved.recipes[self.net.victim],
+            "defense": defense.training,
+            "options": self._seeded(name, defense, seed),
+        }
+        label = f"{attack} {name}"
+        trained = self._stage(
+            "defend", config, known, f"{label} training", profile=f"{self.net.victim} {name}"
+        )
+        return {
+            "defense": trained,
+            "defended": self._evaluated(trained, poisoned, f"{label} model"),
+            "dropping": self._stage("score_dropped", {}, known | {"defense": trained}, f"{label} dropped"),
+        }
+
+    def _seeded(self, name: str, defense: DefenseEntry, seed: int) -> dict[str, Any]:
+        """The defence's options, under the cell's seed unless the plan gives one."""
+        options = dict(self.resolved.defenses[name])
+        if "seed" in options and "seed" not in defense.options:
+            options["seed"] = seed
+        return options
 
     def _stage(
         self, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Stage], label: str, profile: str = ""

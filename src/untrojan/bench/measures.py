@@ -60,10 +60,25 @@ MEASURES: Mapping[str, Measure] = {
     "cleansing.false_positive_rate": Measure("FPR", "share"),
     "cleansing.removed": Measure("removed", "number"),
     "cleansing.missed": Measure("missed", "number"),
+    "cleansing.precision": Measure("precision", "share"),
+    "dropping.true_positive_rate": Measure("recall", "share"),
+    "dropping.false_positive_rate": Measure("FPR", "share"),
+    "dropping.precision": Measure("precision", "share"),
+    "dropping.removed": Measure("dropped", "number"),
+    "dropping.falsely_removed": Measure("dropped clean", "number"),
+    "defense.seconds": Measure("defence s", "seconds"),
     "retrained.attack_success": Measure("retrained ASR", "share"),
     "retrained.benign_accuracy": Measure("retrained ACC", "share"),
     "retrained.accuracy_drop": Measure("retrained ACC below clean", "share"),
+    # Of the model that one ends with: the training defence's, else the retrained one, else the victim.
+    "final.attack_success": Measure("ASR", "share"),
+    "final.benign_accuracy": Measure("BA", "share"),
+    "final.accuracy_drop": Measure("BA below clean", "share"),
+    "final.accuracy_cost": Measure("BA below undefended", "share"),
 }
+
+FINAL = ("defended", "retrained", "undefended")
+"""Sections of a cell's result that tell of a model, the one that counts in the end first."""
 
 
 def value_of(result: Mapping[str, Any], name: str) -> float | None:
@@ -72,7 +87,26 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
     if name in ("audit.seconds", "audit.images"):
         parts = [part for part in result.get("cost", ()) if part.get("kind") == "audit"]
         return float(sum(part.get(key, 0.0) for part in parts)) if parts else None
-    found = (result.get("result") or {}).get(section)
+    if name == "defense.seconds":
+        parts = [part for part in result.get("cost", ()) if part.get("kind") == "defend"]
+        return float(sum(part.get(key, 0.0) for part in parts)) if parts else None
+    sections = result.get("result") or {}
+    if section == "final":
+        return _final(sections, key)
+    found = sections.get(section)
+    return _number(found, key)
+
+
+def _final(sections: Mapping[str, Any], key: str) -> float | None:
+    model = next((sections[each] for each in FINAL if each in sections), None)
+    if key != "accuracy_cost":
+        return _number(model, key)
+    after = _number(model, "benign_accuracy")
+    before = _number(sections.get("undefended"), "benign_accuracy")
+    return None if after is None or before is None else before - after
+
+
+def _number(found: Any, key: str) -> float | None:
     value = found.get(key) if isinstance(found, Mapping) else None
     if isinstance(value, bool):
         return float(value)

@@ -69,6 +69,8 @@ class NetEntry(_Strict):
     """The recipe of the defender's own classifier."""
     second_probe: str | None = None
     """The recipe of another one that the defender asks as well."""
+    published: str | None = None
+    """The net's name in the published figures; the architecture where it is left out."""
 
 
 class SdrmEntry(_Strict):
@@ -177,13 +179,28 @@ class DefenseEntry(_Strict):
     attacks infected."""
     cleanser: str | None = None
     """None leaves the set as it is."""
+    training: str | None = None
+    """A training defence: trains the model itself, by the victim's recipe. Such an entry has no cleanser."""
     options: dict[str, Any] = {}
+    """Of the cleanser or the training defence."""
     retrain: bool = True
     canaries: bool = True
     """Whether a ``clean`` is doubted until a twin of the probe has shown that it learns faint patterns: one
     more training. Published comparisons take every verdict at its word."""
     published: str | None = None
-    """The defence's name in the published figures; the cleanser's where it is left out."""
+    """The defence's name in the published figures; where it is left out the cleanser's, or ``training-`` and
+    the training defence's."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DefenseEntry:
+        if self.training is not None and (self.cleanser is not None or self.exposure is not None):
+            raise ValueError("a training defence stands alone: drop cleanser and exposure")
+        return self
+
+    @property
+    def published_name(self) -> str:
+        trained = None if self.training is None else f"training-{self.training}"
+        return self.published or self.cleanser or trained or "none"
 
 
 class GridEntry(_Strict):
@@ -224,7 +241,9 @@ class TableEntry(_Strict):
     published: list[str] = []
     """Files of published figures to set beside ours."""
     published_net: str | None = None
-    """The published net to compare with; the cell's architecture where it is left out."""
+    """The published net to compare with; each net's own where it is left out."""
+    published_data: str | None = None
+    """The published data to compare with; the cell's where it is left out."""
     note: str = ""
 
     @model_validator(mode="after")
@@ -336,6 +355,7 @@ def read_plan(path: Path) -> Plan:
 def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
     """What pydantic cannot know: the names and options that registries hold."""
     from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.defenses.training.registry import TRAINING_DEFENSES
     from untrojan.models.registry import check_name
 
     for name, net in plan.nets.items():
@@ -357,6 +377,8 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
             yield f"defenses.{name}.exposure", partial(_check_detector, defense.cleanser)
         if defense.cleanser is not None:
             yield f"defenses.{name}", partial(CLEANSERS.build, defense.cleanser, defense.options)
+        if defense.training is not None:
+            yield f"defenses.{name}", partial(TRAINING_DEFENSES.build, defense.training, defense.options)
     choices: list[tuple[str, GridEntry | Choice]] = [
         *((f"grid.{index}", grid) for index, grid in enumerate(plan.grid)),
         *((f"tables.{table.name}.cells", table.cells) for table in plan.tables),

@@ -165,6 +165,41 @@ def score(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     return {"sections": {"detection": detection, "cleansing": rates.to_json()}}
 
 
+def defend(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Train by a training defence, which gets the training set and nothing else."""
+    from safetensors.torch import save_file
+
+    from untrojan.defenses.training.registry import TRAINING_DEFENSES
+    from untrojan.models.checkpoints import save_checkpoint
+    from untrojan.registry import validated
+    from untrojan.runs import json_text, write_bytes_atomically
+    from untrojan.training.recipe import Recipe
+
+    images = _poisoned(place).train
+    report = TRAINING_DEFENSES.build(config["defense"], config["options"])(
+        images, config["architecture"], validated(Recipe, config["recipe"], "recipe"),
+        checkpoint=place.scratch / "training.pt", device=_device(),
+    )  # fmt: skip
+    save_checkpoint(place.out / MODEL, report.model, images.class_names)
+    save_file({"flagged": report.dropped}, place.out / FLAGS)
+    write_bytes_atomically(place.out / "evidence.json", json_text(report.evidence).encode())
+    return {
+        "architecture": report.model.architecture,
+        "dropped": int(report.dropped.sum()),
+        "epochs": len(report.history),
+        "notes": report.evidence.get("notes", []),
+    }
+
+
+def score_dropped(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Hold what a training defence dropped against the truth, which it never saw."""
+    from untrojan.metrics.cleansing import cleansing_rates
+
+    made, dropped = _poisoned(place), _flags(place.inputs["defense"])
+    records = made.attack.record if made.attack else ()
+    return {"sections": {"dropping": cleansing_rates(dropped, made.train.labels, records).to_json()}}
+
+
 def infect(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Train a model that its trainer infects, and measure how well its backdoor works and hides."""
     from untrojan.attacks import infect as attacks
@@ -230,6 +265,8 @@ STAGES: Mapping[str, StageFunction] = {
     "retrain": retrain,
     "infect": infect,
     "expose": expose,
+    "defend": defend,
+    "score_dropped": score_dropped,
 }
 
 
@@ -389,7 +426,9 @@ def _model(folder: Path) -> Classifier:
 
     # The plan's architecture has been checked; naming it is what lets a user's own factory be imported.
     folder = _model_folder(folder)
-    architecture = _record(folder)["config"]["architecture"]
+    record = _record(folder)
+    # A defence may have altered the net, which it then says.
+    architecture = record["summary"].get("architecture", record["config"]["architecture"])
     return load_checkpoint(folder / MODEL, architecture)[0].to(_device())
 
 

@@ -104,7 +104,7 @@ def outcomes_of(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[Outcome
 def _outcome(plan: Plan, cell: Cell, content: Mapping[str, Any], clean_accuracy: float | None) -> Outcome:
     values = {name: value for name in MEASURES if (value := value_of(content, name)) is not None}
     if clean_accuracy is not None:
-        for section in ("undefended", "retrained"):
+        for section in ("undefended", "retrained", "final"):
             if f"{section}.benign_accuracy" in values:
                 values[f"{section}.accuracy_drop"] = clean_accuracy - values[f"{section}.benign_accuracy"]
     clean = plan.attacks[str(cell.axes["attack"])].clean
@@ -167,9 +167,9 @@ def _published(plan: Plan, table: TableEntry, column: str, members: Sequence[Cel
         defense = plan.defenses[str(cell.axes["defense"])]
         wanted = {
             "attack": plan.attacks[attack].published or attack,
-            "net": table.published_net or plan.nets[net].architecture,
-            "defense": defense.published or defense.cleanser or "none",
-            "data": str(cell.axes["data"]),
+            "net": table.published_net or plan.nets[net].published or plan.nets[net].architecture,
+            "defense": defense.published_name,
+            "data": table.published_data or str(cell.axes["data"]),
         }
         found.add(
             next(

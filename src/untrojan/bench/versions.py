@@ -18,4 +18,6 @@ VERSIONS: Mapping[str, int] = {
     "retrain": 1,
     "infect": 1,
     "expose": 1,
+    "defend": 1,
+    "score_dropped": 1,
 }

@@ -27,8 +27,10 @@ class CleansingRates:
     """Poisoned images that stayed."""
     falsely_removed: int
     """Clean images removed, whatever their label."""
+    precision: float | None
+    """Of the images removed, those poisoned; None where none was removed."""
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         return asdict(self)
 
 
@@ -59,4 +61,5 @@ def cleansing_rates(
         removed=int(flagged.sum()),
         missed=bad - found,
         falsely_removed=int((flagged & ~poisoned).sum()),
+        precision=found / int(flagged.sum()) if bool(flagged.any()) else None,
     )

@@ -27,6 +27,32 @@ class GlobalAveragePool(nn.Module):
         return features.mean((2, 3))
 
 
+def with_group_norm(network: nn.Module) -> nn.Module:
+    """The network with group norm where it had batch norm, which mixes the images of a batch.
+
+    Wu & He, "Group Normalization" (2018): up to 32 groups, here of four channels at least where there are as
+    many, for a group of one channel and one place would normalise everything to zero. Weights and biases of
+    the norms are kept, statistics are not.
+    """
+    made: dict[nn.Module, nn.GroupNorm] = {}
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                made.setdefault(child, _group_norm(child))
+                setattr(parent, name, made[child])
+    return network
+
+
+def _group_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:
+    channels = norm.num_features
+    most = max(1, min(32, channels // 4))
+    groups = next(count for count in range(most, 0, -1) if channels % count == 0)
+    made = nn.GroupNorm(groups, channels, eps=norm.eps, affine=norm.affine)
+    if norm.affine:
+        made.load_state_dict({"weight": norm.weight, "bias": norm.bias})
+    return made
+
+
 def he_initialise(network: nn.Module) -> nn.Module:
     """He-normal weights and zero biases, for networks without batch norm, which would else fade out.
 

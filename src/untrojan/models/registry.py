@@ -40,6 +40,8 @@ _PLACES: Mapping[str, str] = {
     "gtsrb-cnn": "gtsrb_cnn:gtsrb_cnn",
 }
 
+GROUP_NORM = "+group-norm"
+"""At a name's end: group norm in place of batch norm, as in ``resnet18@0.5+group-norm``."""
 SMALLEST_SIDE = 16
 """Pixels: below this the built-in networks would pool their features away."""
 LARGEST_WIDTH = 4.0
@@ -47,7 +49,8 @@ MOST_CLASSES = 100_000
 
 
 def names() -> tuple[str, ...]:
-    """The built-in architectures. Each takes a width multiplier, as in ``vgg16@0.25``."""
+    """The built-in architectures. Each takes a width multiplier, as in ``vgg16@0.25``, and the ending
+    :data:`GROUP_NORM`."""
     return tuple(_PLACES)
 
 
@@ -69,19 +72,20 @@ def build(
     """A freshly initialised classifier, in training mode, on the CPU, in channels-last memory format.
 
     ``architecture`` is a registry name or the user's ``module:factory``, with an optional width multiplier
-    after ``@``. A factory is called with those of ``num_classes``, ``in_channels``, ``image_size`` (the
-    shorter side) and ``width`` that it names, and its answer is tried on one image. ``image_shape`` is
-    (C, H, W); ``mean`` and ``std`` are (C,) over pixels in [0, 1]. Weights depend on ``seed`` alone, and
-    torch's global random state is left as it was.
+    after ``@`` and an optional :data:`GROUP_NORM` after that. A factory is called with those of
+    ``num_classes``, ``in_channels``, ``image_size`` (the shorter side) and ``width`` that it names, and its
+    answer is tried on one image. ``image_shape`` is (C, H, W); ``mean`` and ``std`` are (C,) over pixels in
+    [0, 1]. Weights depend on ``seed`` alone, and torch's global random state is left as it was.
 
     Raises UntrojanError for an unknown name, an impossible shape, or anything the user's code raises.
     """
     import torch
 
     from untrojan.models.classifier import Classifier
+    from untrojan.models.layers import with_group_norm
     from untrojan.seeding import generator
 
-    name, width = _parse(architecture)
+    name, width, group_norm = _parse(architecture)
     _check_shape(name, num_classes, image_shape)
     channels, side = image_shape[0], min(image_shape[1:])
     settings: dict[str, Any] = {"num_classes": num_classes, "in_channels": channels, "image_size": side}
@@ -93,6 +97,8 @@ def build(
             network = _users_network(name, settings, width, image_shape)
         else:
             network = _built_in(name)(**settings, width=1.0 if width is None else width)
+    if group_norm:
+        network = with_group_norm(network)
     model = Classifier(network, num_classes, mean, std, architecture, precision, image_shape)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
@@ -120,13 +126,15 @@ def check_name(architecture: str) -> None:
     _parse(architecture)
 
 
-def _parse(architecture: str) -> tuple[str, float | None]:
-    name, at, multiplier = architecture.partition("@")
+def _parse(architecture: str) -> tuple[str, float | None, bool]:
+    """Name, width multiplier where one is given, and whether batch norm becomes group norm."""
+    group_norm = architecture.endswith(GROUP_NORM)
+    name, at, multiplier = architecture.removesuffix(GROUP_NORM).partition("@")
     if not is_user_code(name) and name not in _PLACES:
         known = ", ".join(_PLACES)
         raise UntrojanError(f"unknown architecture {name!r}: choose one of {known}, or your module:factory")
     if not at:
-        return name, None
+        return name, None, group_norm
     try:
         width = float(multiplier)
     except ValueError:
@@ -135,7 +143,7 @@ def _parse(architecture: str) -> tuple[str, float | None]:
         raise UntrojanError(
             f"{architecture!r}: the width multiplier must be a number above 0, at most {LARGEST_WIDTH:g}"
         )
-    return name, width
+    return name, width, group_norm
 
 
 def _check_shape(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> None:

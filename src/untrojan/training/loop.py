@@ -31,6 +31,8 @@ AugmentedTransform = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[T
 must not be cropped or mirrored, say."""
 AfterStep = Callable[[Classifier], None]
 """Called after each of the optimiser's steps: to keep weights in their range, say."""
+OptimizerWrapper = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
+"""The recipe's optimizer -> one that does more at each step and has the same state."""
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -73,6 +75,7 @@ def train(
     after_epoch: Callable[[int, Epoch], None] | None = None,
     after_step: AfterStep | None = None,
     state: Mapping[str, Tensor] | None = None,
+    wrap_optimizer: OptimizerWrapper | None = None,
 ) -> TrainingHistory:
     """Train ``model`` in place and leave it in evaluation mode.
 
@@ -82,7 +85,8 @@ def train(
     is whatever else decides the weights, such as what ``loss`` is and its settings, as text: the checkpoint
     of another method is another run's. With ``freeze_statistics`` batch norm normalises by its running
     statistics and leaves them as they are. ``state`` holds the tensors, by name, that hooks change in place
-    from step to step: they are saved with a checkpoint, and filled from it.
+    from step to step: they are saved with a checkpoint, and filled from it. ``wrap_optimizer`` gets the
+    recipe's optimizer and gives the one that takes the steps in its place.
 
     Raises UntrojanError where the loss stops being a number, the checkpoint belongs to another run, or
     the model has not as many outputs as the data have classes.
@@ -104,6 +108,7 @@ def train(
         method,
         after_step,
         state or {},
+        wrap_optimizer,
     )
     run.restore(checkpoint)
     with (
@@ -179,6 +184,7 @@ class _Run:
         method: str,
         after_step: AfterStep | None,
         state: Mapping[str, Tensor],
+        wrap_optimizer: OptimizerWrapper | None,
     ) -> None:
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         self.loss, self.batch_transform = loss, batch_transform
@@ -193,6 +199,8 @@ class _Run:
             raise UntrojanError("training needs at least two images")
         self.total_steps = recipe.epochs * self.steps_an_epoch
         self.optimizer = _optimizer(model, recipe)
+        if wrap_optimizer is not None:
+            self.optimizer = wrap_optimizer(self.optimizer)
         self.schedule = _schedule(self.optimizer, recipe, self.total_steps, self.steps_an_epoch)
         self.step = 0
         self.history = TrainingHistory()

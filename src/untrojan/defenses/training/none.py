@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.training.report import TrainingReport
+from untrojan.defenses.training.report import TrainingReport, keeping_every_class
 from untrojan.errors import UntrojanError
 from untrojan.models.channels import channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, to_float
@@ -153,10 +153,7 @@ class NONE:
             analysis = self.analyse(model, data)
             apart = analysis.separation >= self.separation
             dropped = analysis.suspects if apart else torch.zeros_like(dropped)
-            # Without any image of a class left, there is nothing to train it on.
-            emptied = (data.class_counts > 0) & (data.select(~dropped).class_counts == 0)
-            if bool(emptied.any()):
-                dropped = dropped & ~emptied[data.labels]
+            dropped, kept_whole = keeping_every_class(dropped, data)
             self._reset(model, data, analysis)
             place = None if checkpoint is None else checkpoint.with_name(f"round{number}-{checkpoint.name}")
             more = train(
@@ -170,6 +167,8 @@ class NONE:
                     "separation": analysis.separation,
                     "suspects": int(analysis.suspects.sum()),
                     "dropped": int(dropped.sum()),
+                    "classes_kept_whole": kept_whole,
+                    "notes": _notes(analysis, apart, [data.class_names[label] for label in kept_whole]),
                 }
             )
         return TrainingReport(model, dropped, history, {"rounds": found})
@@ -189,7 +188,10 @@ class NONE:
         for path, values in activations.items():
             scores = linearity_scores(values, probabilities)
             worst = scores.argsort(descending=True)[: math.ceil(self.share * len(scores))]
-            compromised[path] = worst
+            # A channel without a score answers to no class beyond the others: nothing speaks against it.
+            if float(scores[worst[0]]) == 0:
+                continue
+            compromised[path] = worst[scores[worst] > 0]
             excitement += values[:, worst[0]]
         split = two_groups(excitement)
         return Analysis(compromised, excitement > split.at, split.separation)
@@ -230,6 +232,18 @@ class NONE:
                         norm.weight[where], norm.bias[where] = 1, 0
                 if layer.bias is not None:
                     layer.bias[where] = 0
+
+
+def _notes(analysis: Analysis, apart: bool, kept_whole: list[str]) -> list[str]:
+    """What a reader might else take for a fault, in words."""
+    notes = []
+    if not analysis.compromised:
+        notes.append("no neuron is compromised: no class is predicted with confidence, or none excites one")
+    elif not apart:
+        notes.append("the images do not fall into two groups: none was dropped")
+    if kept_whole:
+        notes.append(f"all images of {', '.join(kept_whole[:5])} look like poison: none of them was dropped")
+    return notes
 
 
 def _drawn(layer: nn.Conv2d | nn.Linear, count: int, random: torch.Generator) -> Tensor:

@@ -27,5 +27,8 @@ TRAINING_DEFENSES: Registry[TrainingDefense] = Registry(
         "abl": "untrojan.defenses.training.abl:ABL",
         "pgd": "untrojan.defenses.training.adversarial:AdversarialTraining",
         "uap": "untrojan.defenses.training.universal:UniversalAdversarialTraining",
+        "dp-sgd": "untrojan.defenses.training.dp_sgd:DPSGD",
+        "dbd": "untrojan.defenses.training.dbd:DBD",
+        "cleanse-none": "untrojan.defenses.training.cleanse_then_none:CleanseThenNONE",
     },
 )

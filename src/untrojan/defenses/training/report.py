@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from untrojan.data.image_set import ImageSet
 from untrojan.models.classifier import Classifier
 
 
@@ -21,3 +22,13 @@ class TrainingReport:
     """An entry an epoch, of all of the training."""
     evidence: dict[str, Any] = field(default_factory=dict)
     """The method's own findings, as JSON types."""
+
+
+def keeping_every_class(dropped: Tensor, data: ImageSet) -> tuple[Tensor, list[int]]:
+    """``dropped``, bool (N,), without the classes that it would leave empty; and those classes.
+
+    Without any image of a class there is nothing to train it on.
+    """
+    before, after = data.class_counts, data.select(~dropped).class_counts
+    emptied = (before > 0) & (after == 0)
+    return dropped & ~emptied[data.labels], emptied.nonzero().flatten().tolist()
