@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from untrojan.models.classifier import Classifier, Float32Conv2d
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen(model: Classifier) -> Classifier:
@@ -16,17 +19,22 @@ def frozen(model: Classifier) -> Classifier:
     The copy computes the same function to rounding, a sixth to a half faster. Networks that cannot be traced
     (a forward that branches on its input) are copied as they are.
     """
-    for module in model.network.modules():
+    network = copied(model.network).eval().requires_grad_(False)
+    result = Classifier(
+        _folded(network), model.num_classes, model.mean.flatten(), model.std.flatten(),
+        model.architecture, model.precision, model.image_shape,
+    ).to(model.device)  # fmt: skip
+    return result.eval().requires_grad_(False)
+
+
+def copied(network: Module) -> Module:
+    """A deep copy, of networks whose weights are computed by hooks too."""
+    for module in network.modules():
         for name, value in vars(module).items():
             # What a hook computes anew at each call, as weight_norm does, cannot be copied with its history.
             if isinstance(value, Tensor) and not value.is_leaf:
                 setattr(module, name, value.detach())
-    network = copy.deepcopy(model.network).eval().requires_grad_(False)
-    copied = Classifier(
-        _folded(network), model.num_classes, model.mean.flatten(), model.std.flatten(),
-        model.architecture, model.precision, model.image_shape,
-    ).to(model.device)  # fmt: skip
-    return copied.eval().requires_grad_(False)
+    return copy.deepcopy(network)
 
 
 def _folded(network: nn.Module) -> nn.Module:

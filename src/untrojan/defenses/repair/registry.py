@@ -19,4 +19,14 @@ class Repair(Protocol):
     ) -> RepairReport: ...
 
 
-REPAIRS: Registry[Repair] = Registry("repair", {})
+REPAIRS: Registry[Repair] = Registry(
+    "repair",
+    {
+        "finetune": "untrojan.defenses.repair.finetune:Finetuning",
+        "fine-pruning": "untrojan.defenses.repair.fine_pruning:FinePruning",
+        "nad": "untrojan.defenses.repair.nad:NAD",
+        "mcr": "untrojan.defenses.repair.mcr:MCR",
+        "unlearning": "untrojan.defenses.repair.unlearning:Unlearning",
+        "neuron-pruning": "untrojan.defenses.repair.neuron_pruning:NeuronPruning",
+    },
+)
