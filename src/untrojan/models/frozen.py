@@ -1,16 +1,13 @@
-"""A copy of a classifier that is only asked for logits and for gradients to its input."""
+"""Copies of a classifier: one only asked for logits and gradients to its input, one to train further."""
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from untrojan.models.classifier import Classifier, Float32Conv2d
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen(model: Classifier) -> Classifier:
@@ -19,22 +16,30 @@ def frozen(model: Classifier) -> Classifier:
     The copy computes the same function to rounding, a sixth to a half faster. Networks that cannot be traced
     (a forward that branches on its input) are copied as they are.
     """
-    network = copied(model.network).eval().requires_grad_(False)
-    result = Classifier(
+    _forget_histories(model)
+    network = copy.deepcopy(model.network).eval().requires_grad_(False)
+    copied = Classifier(
         _folded(network), model.num_classes, model.mean.flatten(), model.std.flatten(),
         model.architecture, model.precision, model.image_shape,
     ).to(model.device)  # fmt: skip
-    return result.eval().requires_grad_(False)
+    return copied.eval().requires_grad_(False)
 
 
-def copied(network: Module) -> Module:
-    """A deep copy, of networks whose weights are computed by hooks too."""
-    for module in network.modules():
+def trainable(model: Classifier) -> Classifier:
+    """A copy of ``model`` to train further. Where every weight is frozen, those of the copy are not."""
+    _forget_histories(model)
+    copied = copy.deepcopy(model)
+    if not any(parameter.requires_grad for parameter in copied.parameters()):
+        copied.requires_grad_(True)
+    return copied
+
+
+def _forget_histories(model: Classifier) -> None:
+    """What a hook computes anew at each call, as weight_norm does, cannot be copied with its history."""
+    for module in model.network.modules():
         for name, value in vars(module).items():
-            # What a hook computes anew at each call, as weight_norm does, cannot be copied with its history.
             if isinstance(value, Tensor) and not value.is_leaf:
                 setattr(module, name, value.detach())
-    return copy.deepcopy(network)
 
 
 def _folded(network: nn.Module) -> nn.Module:

@@ -19,9 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.report import RepairReport
-from untrojan.defenses.repair.tuning import Tuning, trainable_copy
+from untrojan.defenses.repair.tuning import Tuning
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, evaluating, predictions_of, to_float
+from untrojan.models.frozen import trainable
 from untrojan.models.taps import Place, features_of, levels_of
 
 LAST_BLOCK = "s3"
@@ -138,7 +139,7 @@ class FinePruning(Tuning):
         Raises UntrojanError for a network without a convolutional block that one layer reads, and as
         training does.
         """
-        repaired = trainable_copy(model)
+        repaired = trainable(model)
         reader = reader_of(repaired, clean.images[:64])
         order = idle_order(features_of(repaired, clean.images, LAST_BLOCK))
         looks = self._prune(repaired, reader, clean, order)

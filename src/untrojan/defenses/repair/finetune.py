@@ -11,8 +11,9 @@ from pathlib import Path
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.report import RepairReport
-from untrojan.defenses.repair.tuning import Tuning, trainable_copy
+from untrojan.defenses.repair.tuning import Tuning
 from untrojan.models.classifier import Classifier
+from untrojan.models.frozen import trainable
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,6 @@ class Finetuning(Tuning):
 
         Raises UntrojanError where the model's classes are not the images', or training diverges.
         """
-        repaired = trainable_copy(model)
+        repaired = trainable(model)
         epochs = self.tune(repaired, clean, "fine-tuning", checkpoint=checkpoint)
         return RepairReport(repaired, {"epochs": epochs})

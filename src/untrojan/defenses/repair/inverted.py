@@ -33,6 +33,11 @@ def backdoors_of(scan: ScanReport) -> dict[int, InvertedTrigger]:
     return {label: scan.triggers[label] for label in scan.targets or (smallest[0],)}
 
 
+def inversion_file(folder: Path, schedule: str, seed: int) -> Path:
+    """Where the inversion of the given model on the repair's images is kept: one for all repairs in a folder."""
+    return folder / f"inversion-{schedule}-{seed}.safetensors"
+
+
 def invert_backdoors(
     model: Classifier,
     clean: ImageSet,
@@ -44,8 +49,9 @@ def invert_backdoors(
 
     Raises UntrojanError as that does, and where the model's classes are not the images'.
     """
-    place = checkpoint and checkpoint.with_name(f"{checkpoint.stem}-inversion.safetensors")
-    scan = NeuralCleanse(schedule=schedule, seed=seed)(model, clean, checkpoint=place)
+    scan = NeuralCleanse(schedule=schedule, seed=seed)(
+        model, clean, checkpoint=checkpoint and inversion_file(checkpoint.parent, schedule, seed)
+    )
     triggers = backdoors_of(scan)
     sizes = {str(label): scan.statistics[label]["mask_size"] for label in triggers}
     told = {"verdict": scan.verdict, "reason": scan.reason, "undone": list(triggers), "mask_sizes": sizes}

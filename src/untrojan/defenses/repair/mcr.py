@@ -19,9 +19,10 @@ from torch.func import functional_call
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.finetune import Finetuning
 from untrojan.defenses.repair.report import RepairReport
-from untrojan.defenses.repair.tuning import Tuning, apart, trainable_copy
+from untrojan.defenses.repair.tuning import Tuning, apart
 from untrojan.metrics.accuracy import benign_accuracy
 from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.frozen import trainable
 
 Weights = Mapping[str, Tensor]
 
@@ -98,7 +99,7 @@ class MCR(Tuning):
         Raises UntrojanError as training does.
         """
         data, validation = apart(clean, self.validation, self.seed, "mcr validation")
-        tuned = trainable_copy(model)
+        tuned = trainable(model)
         end = Finetuning(
             epochs=self.end_epochs, learning_rate=self.end_learning_rate, cutout=self.cutout,
             crop_padding=self.crop_padding, flip=self.flip, seed=self.seed,
@@ -120,7 +121,7 @@ class MCR(Tuning):
         self, model: Classifier, first: Weights, last: Weights, data: ImageSet, checkpoint: Path | None
     ) -> tuple[Weights, list[dict[str, float]]]:
         """The trained weights between the ends, set out from their mean."""
-        between = trainable_copy(model)
+        between = trainable(model)
         with torch.no_grad():
             for name, parameter in between.named_parameters():
                 parameter.copy_((first[name] + last[name]) / 2)
@@ -142,8 +143,8 @@ class MCR(Tuning):
     def at(
         self, model: Classifier, first: Weights, bend: Weights, last: Weights, t: float, data: ImageSet
     ) -> Classifier:
-        """The model at place ``t`` in [0, 1], in evaluation mode, its batch-norm statistics those of ``data``."""
-        made = trainable_copy(model)
+        """The model at place ``t`` in [0, 1], with batch-norm statistics of ``data``; in evaluation mode."""
+        made = trainable(model)
         with torch.no_grad():
             for name, weight in bezier(first, bend, last, t).items():
                 made.get_parameter(name).copy_(weight)

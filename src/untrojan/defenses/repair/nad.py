@@ -6,7 +6,7 @@ Li et al., "Neural Attention Distillation: Erasing Backdoor Triggers from Deep N
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,10 +18,12 @@ from torch import Tensor
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.finetune import Finetuning
 from untrojan.defenses.repair.report import RepairReport
-from untrojan.defenses.repair.tuning import Tuning, trainable_copy
+from untrojan.defenses.repair.tuning import Tuning
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.frozen import trainable
 from untrojan.models.taps import SDRM_LEVELS, levels_of, tapped
+from untrojan.training.recipe import Recipe
 
 _SMALL = 1e-6
 
@@ -72,6 +74,12 @@ class NAD(Tuning):
     teacher_epochs: Annotated[int, Ge(1)] = 10
     teacher_learning_rate: Annotated[float, Gt(0)] = 0.02
 
+    def recipe(self, images: int, model: Classifier) -> Recipe:
+        """As published; where so few images go in smaller batches, the learning rate shrinks with them, for
+        0.1 is near the most that training bears."""
+        usual = super().recipe(images, model)
+        return replace(usual, learning_rate=self.learning_rate * usual.batch_size / self.batch_size)
+
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
         """Distil on ``clean``, uint8 images rightly labelled.
 
@@ -82,10 +90,10 @@ class NAD(Tuning):
             epochs=self.teacher_epochs, learning_rate=self.teacher_learning_rate, cutout=self.cutout,
             crop_padding=self.crop_padding, flip=self.flip, seed=self.seed,
         )  # fmt: skip
-        teacher = trainable_copy(model)
+        teacher = trainable(model)
         epochs = teach.tune(teacher, clean, "fine-tuning the teacher", checkpoint=checkpoint)
         teacher.requires_grad_(False)
-        student = trainable_copy(model if self.start == "given" else teacher)
+        student = trainable(model if self.start == "given" else teacher)
         epochs += self.distil(student, teacher, clean, weights, checkpoint)
         return RepairReport(student, {"epochs": epochs, "levels": list(weights)})
 

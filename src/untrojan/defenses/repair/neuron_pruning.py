@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.inverted import invert_backdoors
 from untrojan.defenses.repair.report import RepairReport
-from untrojan.defenses.repair.tuning import trainable_copy
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, predictions_of, to_float
+from untrojan.models.frozen import trainable
 from untrojan.models.taps import features_of, levels_of
 from untrojan.triggers.base import to_bytes
 
@@ -81,7 +81,7 @@ class NeuronPruning:
             raise UntrojanError("neuron pruning needs clean images of other classes than the target")
         stamped = to_bytes(trigger(others.float() / 255))
         order = pruning_order(features_of(model, others), features_of(model, stamped))
-        repaired = trainable_copy(model)
+        repaired = trainable(model)
         last = _last_layer(repaired, clean)
         count = max(1, round(self.step * len(order)))
         history = [self._look(repaired, clean, stamped, target, 0.0)]

@@ -1,4 +1,4 @@
-"""What the repairs that train share: fine-tuning on few images, Cutout, a copy to train."""
+"""What the repairs that train share: fine-tuning on few images, and Cutout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
 from untrojan.models.classifier import Classifier
-from untrojan.models.frozen import copied
 from untrojan.seeding import generator
 from untrojan.training.loop import AugmentedTransform, BatchLoss, train
 from untrojan.training.recipe import Recipe
@@ -86,14 +85,6 @@ def batch_size_for(images: int, most: int) -> int:
 def stage_file(checkpoint: Path | None, stage: str) -> Path | None:
     """Where a stage of a repair keeps its state, beside the repair's own ``checkpoint``."""
     return checkpoint and checkpoint.with_name(f"{checkpoint.stem}-{stage.replace(' ', '-')}.pt")
-
-
-def trainable_copy(model: Classifier) -> Classifier:
-    """A copy of ``model`` that can be trained: all its weights where every one is frozen."""
-    result = copied(model)
-    if not any(parameter.requires_grad for parameter in result.parameters()):
-        result.requires_grad_(True)
-    return result
 
 
 def cutout(images: Tensor, places: Tensor, side: int) -> Tensor:

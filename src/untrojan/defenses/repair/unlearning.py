@@ -18,8 +18,9 @@ from torch import Tensor
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.inverted import invert_backdoors
 from untrojan.defenses.repair.report import RepairReport
-from untrojan.defenses.repair.tuning import stage_file, trainable_copy
+from untrojan.defenses.repair.tuning import stage_file
 from untrojan.models.classifier import Classifier
+from untrojan.models.frozen import trainable
 from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
 from untrojan.triggers.base import to_bytes
@@ -59,7 +60,7 @@ class Unlearning:
         if not triggers:
             inverted, found = invert_backdoors(model, clean, self.schedule, self.seed, checkpoint)
             triggers = list(inverted.values())
-        repaired = trainable_copy(model)
+        repaired = trainable(model)
         recipe = replace(
             Recipe(epochs=self.epochs, batch_size=self.batch_size, optimizer="sgd", schedule="constant"),
             learning_rate=self.learning_rate,
