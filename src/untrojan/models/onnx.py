@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import importlib.util
+import logging
 import warnings
 from pathlib import Path
 
@@ -44,9 +45,14 @@ def export_onnx(path: Path, model: Classifier, image_shape: tuple[int, int, int]
                 dynamic_shapes=({0: torch.export.Dim("n")},),
             )  # fmt: skip
 
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         # In a context of its own, where no cost is being counted: counting is not part of the model.
         contextvars.Context().run(export)
     except Exception as error:  # Whatever the exporter meets in a user's own forward.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UntrojanError(f"this network cannot be written as ONNX ({reason}): leave out --onnx") from error
+    finally:
+        logger.setLevel(level)

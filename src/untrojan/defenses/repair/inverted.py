@@ -34,7 +34,7 @@ def backdoors_of(scan: ScanReport) -> dict[int, InvertedTrigger]:
 
 
 def inversion_file(folder: Path, schedule: str, seed: int) -> Path:
-    """Where the inversion of the given model on the repair's images is kept: one for all repairs in a folder."""
+    """Where the inversion of the given model on the repair's images is kept, for all repairs in a folder."""
     return folder / f"inversion-{schedule}-{seed}.safetensors"
 
 
