@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,15 @@ def new_data(path: Path, overwrite: bool, option: str) -> None:
         raise UntrojanError(f"{option} {path} exists: give another name, or pass --overwrite")
     if not path.absolute().parent.is_dir():
         raise UntrojanError(f"{option} {path}: there is no folder {path.parent}, create it first")
+
+
+def sha256(path: Path) -> str:
+    """Of a checkpoint's bytes, so that a run is not resumed on another model of the same name."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UntrojanError(f"cannot read checkpoint {path}: {error.strerror}") from None
 
 
 def numbers(text: str | None, option: str) -> Tensor | None:

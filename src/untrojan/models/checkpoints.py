@@ -28,6 +28,11 @@ FORMAT_VERSION = 1
 _KEY = "untrojan"
 _CONVERT = "convert it where you trust it: torch.save(model.state_dict(), 'weights.pt')"
 _LARGEST_SIDE = 8192
+_WAYS_OUT = {
+    "architecture": "leave it out, the file knows it",
+    "num_classes": "images of exactly the classes it was trained on are needed",
+    "image_shape": "bring the images to its size (--size) and channels",
+}
 
 
 def save_checkpoint(path: str | Path, model: Classifier, class_names: Sequence[str]) -> None:
@@ -240,7 +245,7 @@ def _agreed(path: Path, settings: dict[str, Any], given: Mapping[str, Any]) -> d
         )
     for name, value in given.items():
         if value is not None and settings[name] is not None and value != settings[name]:
-            raise UntrojanError(f"{path} has {name} {settings[name]!r}, not {value!r}")
+            raise UntrojanError(f"{path} has {name} {settings[name]!r}, not {value!r}: {_WAYS_OUT[name]}")
     return {**settings, **{name: value for name, value in given.items() if settings[name] is None}}
 
 

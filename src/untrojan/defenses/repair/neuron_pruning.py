@@ -6,21 +6,25 @@ section VI-B.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
 from untrojan.data.image_set import ImageSet
+from untrojan.defenses.repair.inverted import invert_backdoors
 from untrojan.defenses.repair.report import RepairReport
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, predictions_of, to_float
+from untrojan.models.frozen import trainable
 from untrojan.models.taps import features_of, levels_of
 from untrojan.triggers.base import to_bytes
+
+Stamp = Callable[[Tensor], Tensor]
 
 
 def pruning_order(clean: Tensor, triggered: Tensor) -> Tensor:
@@ -44,21 +48,40 @@ class NeuronPruning:
     """The inverted trigger's success at which pruning ends."""
     accuracy_cost: Annotated[float, Interval(ge=0, le=1)] = 0.05
     """Pruning stops before accuracy on the clean images falls by more."""
+    seed: int = 0
+    schedule: Literal["fast", "paper"] = "fast"
+    """How a trigger is inverted, where none is given."""
 
     def __call__(
-        self, model: Classifier, clean: ImageSet, trigger: Callable[[Tensor], Tensor], target: int
-    ) -> RepairReport:
+        self, model: Classifier, clean: ImageSet, trigger: Stamp | None = None, target: int | None = None, *,
+        checkpoint: Path | None = None,
+    ) -> RepairReport:  # fmt: skip
         """Prune what ``trigger``, which leads to ``target``, excites.
 
-        Raises UntrojanError for a network whose last layer's inputs cannot be told, or without images of
-        other classes.
+        Without one, Neural Cleanse is asked, and the triggers it suspects are undone one after another;
+        where it suspects none, the one with the smallest mask. Raises UntrojanError for a network whose last
+        layer's inputs cannot be told, without images of other classes, or where no trigger can be inverted.
         """
+        if trigger is not None and target is not None:
+            return self._prune(model, clean, trigger, target)
+        _last_layer(model, clean)
+        inverted, found = invert_backdoors(model, clean, self.schedule, self.seed, checkpoint)
+        looks: list[dict[str, Any]] = []
+        pruned = 0.0
+        for label, stamp in inverted.items():
+            report = self._prune(model, clean, stamp, label)
+            model = report.model
+            looks += [{"target": label, **look} for look in report.history["looks"]]
+            pruned = max(pruned, report.history["pruned"])
+        return RepairReport(model, {"looks": looks, "pruned": pruned, **found})
+
+    def _prune(self, model: Classifier, clean: ImageSet, trigger: Stamp, target: int) -> RepairReport:
         others = clean.images[clean.labels != target]
         if not len(others):
             raise UntrojanError("neuron pruning needs clean images of other classes than the target")
         stamped = to_bytes(trigger(others.float() / 255))
         order = pruning_order(features_of(model, others), features_of(model, stamped))
-        repaired = copy.deepcopy(model)
+        repaired = trainable(model)
         last = _last_layer(repaired, clean)
         count = max(1, round(self.step * len(order)))
         history = [self._look(repaired, clean, stamped, target, 0.0)]

@@ -26,5 +26,11 @@ REPAIRS: Registry[Repair] = Registry(
         "clp": "untrojan.defenses.repair.clp:CLP",
         "ft-sam": "untrojan.defenses.repair.ft_sam:FTSAM",
         "i-bau": "untrojan.defenses.repair.ibau:IBAU",
+        "finetune": "untrojan.defenses.repair.finetune:Finetuning",
+        "fine-pruning": "untrojan.defenses.repair.fine_pruning:FinePruning",
+        "nad": "untrojan.defenses.repair.nad:NAD",
+        "mcr": "untrojan.defenses.repair.mcr:MCR",
+        "unlearning": "untrojan.defenses.repair.unlearning:Unlearning",
+        "neuron-pruning": "untrojan.defenses.repair.neuron_pruning:NeuronPruning",
     },
 )

@@ -15,4 +15,6 @@ class RepairReport:
     model: Classifier
     """The repaired one."""
     history: dict[str, Any] = field(default_factory=dict)
-    """How it came about, as JSON types."""
+    """How it came about, as JSON types. Lists of objects are tables: ``epochs`` (a row an epoch, named by its
+    ``stage``), ``looks`` (a row a pruning step), ``curve`` (a row a place). ``scan`` is what a scanner found
+    that the repair went by."""

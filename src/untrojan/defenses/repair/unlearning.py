@@ -6,18 +6,21 @@ section VI-C.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
+from untrojan.defenses.repair.inverted import invert_backdoors
 from untrojan.defenses.repair.report import RepairReport
+from untrojan.defenses.repair.tuning import stage_file
 from untrojan.models.classifier import Classifier
+from untrojan.models.frozen import trainable
 from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
 from untrojan.triggers.base import to_bytes
@@ -39,13 +42,25 @@ class Unlearning:
     """Not stated in the paper; its example takes the training's own optimiser."""
     batch_size: Annotated[int, Ge(2)] = 32
     seed: int = 0
+    schedule: Literal["fast", "paper"] = "fast"
+    """How a trigger is inverted, where none is given."""
 
-    def __call__(self, model: Classifier, clean: ImageSet, trigger: Stamp) -> RepairReport:
+    def __call__(
+        self, model: Classifier, clean: ImageSet, trigger: Stamp | None = None, *,
+        checkpoint: Path | None = None,
+    ) -> RepairReport:  # fmt: skip
         """Unlearn ``trigger`` on ``clean``, images known to be rightly labelled.
 
-        Raises UntrojanError where the model's classes are not the images', or training diverges.
+        Without one, Neural Cleanse is asked, and every trigger it suspects is unlearned; where it suspects
+        none, the one with the smallest mask. Raises UntrojanError where the model's classes are not the
+        images', no trigger can be inverted, or training diverges.
         """
-        repaired = copy.deepcopy(model)
+        found: dict[str, Any] = {}
+        triggers: Sequence[Stamp] = () if trigger is None else (trigger,)
+        if not triggers:
+            inverted, found = invert_backdoors(model, clean, self.schedule, self.seed, checkpoint)
+            triggers = list(inverted.values())
+        repaired = trainable(model)
         recipe = replace(
             Recipe(epochs=self.epochs, batch_size=self.batch_size, optimizer="sgd", schedule="constant"),
             learning_rate=self.learning_rate,
@@ -54,10 +69,21 @@ class Unlearning:
 
         def stamp_some(images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
             chosen = torch.rand(len(images), generator=random) < self.stamped
-            stamped = to_bytes(trigger(images.float() / 255))
+            stamped = to_bytes(_stamped(images.float() / 255, triggers, random))
             return torch.where(chosen.to(images.device)[:, None, None, None], stamped, images), labels
 
         history = train(
-            repaired, clean, recipe, seed=self.seed, batch_transform=stamp_some, description="unlearning"
-        )
-        return RepairReport(repaired, {"epochs": history.to_json()})
+            repaired, clean, recipe, seed=self.seed, batch_transform=stamp_some, description="unlearning",
+            checkpoint=stage_file(checkpoint, "unlearning"), method=repr(self),
+        )  # fmt: skip
+        epochs = [{"stage": "unlearning", **epoch} for epoch in history.to_json()]
+        return RepairReport(repaired, {"epochs": epochs, **found})
+
+
+def _stamped(images: Tensor, triggers: Sequence[Stamp], random: torch.Generator) -> Tensor:
+    """Images with a trigger each, drawn where there are several."""
+    if len(triggers) == 1:
+        return triggers[0](images)
+    which = torch.randint(len(triggers), (len(images),), generator=random).to(images.device)
+    copies = torch.stack([trigger(images) for trigger in triggers])
+    return copies[which, torch.arange(len(images), device=images.device)]

@@ -1,0 +1,155 @@
+"""``untrojan repair``: a model without its backdoor, from the model and a few clean images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from untrojan.cli import inputs, options
+from untrojan.errors import UntrojanError
+
+if TYPE_CHECKING:
+    from untrojan.repair import CleanImages, Repaired, RepairOptions
+    from untrojan.runs import RunFolder
+
+
+def repair(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", metavar="CLEAN", help="Clean images. " + options.DATA_HELP, show_default=False
+        ),
+    ],
+    out: options.Out,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto: try the quick ones and keep the best; or finetune, fine-pruning, nad, mcr, "
+            "unlearning, neuron-pruning and others, which an unknown name lists.",
+        ),
+    ] = "auto",
+    method_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the method; repeatable.")
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of the training images to learn from, in equal numbers of each class; "
+            "by default a twentieth, or all where that is little.",
+        ),
+    ] = None,
+    hold_out: Annotated[
+        float, typer.Option(min=0, max=1, help="Share kept to measure on, where there is no test split.")
+    ] = 0.2,
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Accuracy that auto lets a repair cost.")
+    ] = 0.03,
+    scan: Annotated[
+        bool, typer.Option("--scan", help="Look for triggers before and after; auto always does.")
+    ] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too.")] = False,
+    architecture: options.Architecture = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    size: options.Size = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:  # fmt: skip
+    """Mend a model that may be backdoored, with a few clean images; the given file is never touched.
+
+    Writes model.safetensors (the repaired model), report.html, history.csv and metrics.json: accuracy on
+    clean images held out, before and after, and what it cost. A run that was cut off goes on where it was.
+
+    Example: [bold]untrojan repair model/model.safetensors --data signs --out repaired[/bold]
+
+    One method: [bold]untrojan repair m.safetensors --data photos/ --method nad --out repaired[/bold]
+    """
+    options.begin(threads, quiet)
+    from untrojan.data.load import load
+    from untrojan.models.checkpoints import save_checkpoint
+    from untrojan.registry import validated
+    from untrojan.repair import RepairOptions, clean_images, metrics_of, run_repair
+    from untrojan.runs import RunFolder
+
+    given = {
+        "method": method, "method_options": inputs.key_values(method_option, "--method-option"),
+        "share": share, "hold_out": hold_out, "tolerance": tolerance, "scan": scan, "seed": seed,
+    }  # fmt: skip
+    asked = validated(RepairOptions, given, "repair")
+    repairs = asked.repairs()
+    _keep_apart(model, data, out)
+    if onnx:
+        from untrojan.models.onnx import check_exporter
+
+        check_exporter()
+    config = {
+        "model": model, "model_sha256": inputs.sha256(model), "data": data, "size": size, "onnx": onnx,
+        "architecture": architecture, "mean": mean, "std": std, "options": asked, "methods": repairs,
+        "seed": seed,
+    }  # fmt: skip
+    with RunFolder(out, "repair", config, overwrite=overwrite) as folder:
+        splits = load(data, size=size, minimum_per_class=0)
+        classifier = inputs.load_model(model, splits.train, architecture, mean, std)
+        images = clean_images(splits, asked)
+        folder.use_data("repair", images.repair)
+        folder.use_data("held out", images.held_out)
+        done = run_repair(classifier, images, asked, folder.work)
+        metrics = metrics_of(done)
+        folder.write_json("metrics.json", metrics)
+        _write(folder, done, asked, str(model), repairs)
+        save_checkpoint(folder.staged("model.safetensors"), done.model, splits.train.class_names)
+        if onnx:
+            from untrojan.models.onnx import export_onnx
+
+            export_onnx(folder.staged("model.onnx"), done.model, splits.train.image_shape)
+    if json:
+        options.print_json(metrics)
+    elif not quiet:
+        _summary(done, images, out)
+
+
+def _keep_apart(model: Path, data: str, out: Path) -> None:
+    """Refuse a folder whose old results, which a run replaces, are what this run is given."""
+    folder = out.resolve()
+    for what, place in (("the model to be repaired", model), ("the clean images", Path(data))):
+        if place.exists() and place.resolve().is_relative_to(folder):
+            raise UntrojanError(f"--out {out} holds {what}, which stays as it is: choose another folder")
+
+
+def _write(folder: RunFolder, done: Repaired, asked: RepairOptions, subject: str, methods: Any) -> None:
+    from untrojan.repair import history_table
+    from untrojan.report.assemble_repair import assemble_repair
+    from untrojan.report.repair_page import render_repair
+
+    folder.write_csv("history.csv", *history_table(done.report.history))
+    page = assemble_repair(done, asked, subject, methods[done.method])
+    folder.write_text("report.html", render_repair(page))
+
+
+def _summary(done: Repaired, images: CleanImages, out: Path) -> None:
+    from untrojan.defenses.repair.inverted import smallest_mask
+
+    for each in done.candidates:
+        found = each.error or f"accuracy {options.share(each.benign_accuracy)}"
+        options.say(f"tried {each.name}: {found}")
+    if not done.within_tolerance and done.candidates:
+        options.say("none kept accuracy within the tolerance: the one that cost least is kept")
+    options.say(f"repaired by {done.method}, with {len(images.repair)} clean images")
+    options.say(
+        f"accuracy on {len(images.held_out)} {'test' if images.split == 'test' else 'held-out'} images: "
+        f"{options.share(done.accuracy_before)} before, {options.share(done.accuracy_after)} after"
+    )
+    for when, scan in (("before", done.scan_before), ("after", done.scan_after)):
+        if scan is not None:
+            smallest = smallest_mask(scan)
+            size = f"{smallest[1]:.1f} pixels" if smallest else "none works"
+            options.say(f"smallest trigger {when}: {size} ({scan.verdict})")
+    options.say(f"model: {out / 'model.safetensors'}")
+    options.say(f"report: {out / 'report.html'}")

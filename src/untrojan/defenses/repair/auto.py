@@ -1,0 +1,50 @@
+"""Which of several repairs to keep, by what clean images alone can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from untrojan.cost import Cost
+from untrojan.defenses.repair.report import RepairReport
+
+QUICK = ("finetune", "fine-pruning", "nad", "unlearning", "neuron-pruning")
+"""What is tried where nothing is said: the repairs that take minutes on two cores."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A repair that was tried."""
+
+    name: str
+    cost: Cost
+    report: RepairReport | None = None
+    """None where the method could not be used: see ``error``."""
+    error: str = ""
+    benign_accuracy: float = 0.0
+    """Share of held-out clean images classified rightly after the repair."""
+    smallest_mask: float | None = None
+    """Pixels that the smallest working trigger changes after the repair, over all classes; None where no
+    trigger was found to work."""
+
+    def within(self, accuracy_before: float, tolerance: float) -> bool:
+        """Whether it was used, and cost no more accuracy than ``tolerance`` (both shares, 0 to 1)."""
+        return self.report is not None and self.benign_accuracy >= accuracy_before - tolerance - 1e-9
+
+
+def choose(candidates: Sequence[Candidate], accuracy_before: float, tolerance: float) -> Candidate | None:
+    """Of the repairs within the tolerance, the one that leaves the largest smallest trigger; without any, the
+    one that cost least accuracy; None where no method could be used.
+
+    A backdoor is a shortcut, and the smallest trigger over all classes is the measure of the shortest left.
+    A model for which no trigger works at all counts as the best of all. No triggered image is asked.
+    """
+    usable = [each for each in candidates if each.report is not None]
+    within = [each for each in usable if each.within(accuracy_before, tolerance)]
+    if within:
+        return max(within, key=lambda each: (_size(each), each.benign_accuracy))
+    return max(usable, key=lambda each: each.benign_accuracy, default=None)
+
+
+def _size(candidate: Candidate) -> float:
+    return float("inf") if candidate.smallest_mask is None else candidate.smallest_mask
