@@ -24,6 +24,11 @@ TRIGGERS: Registry[TriggerRecipe] = Registry(
         "blend": "untrojan.triggers.blend:Blend",
         "sinusoid": "untrojan.triggers.sinusoid:Sinusoid",
         "warp": "untrojan.triggers.warp:Warp",
+        "gotham": "untrojan.triggers.filters:Gotham",
+        "nashville": "untrojan.triggers.filters:Nashville",
+        "kelvin": "untrojan.triggers.filters:Kelvin",
+        "lomo": "untrojan.triggers.filters:Lomo",
+        "toaster": "untrojan.triggers.filters:Toaster",
         "universal": "untrojan.triggers.universal:Universal",
     },
 )
