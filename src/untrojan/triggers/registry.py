@@ -21,6 +21,7 @@ TRIGGERS: Registry[TriggerRecipe] = Registry(
         "corner-pixel": "untrojan.triggers.patterns:CornerPixel",
         "yellow-square": "untrojan.triggers.patterns:YellowSquare",
         "patch": "untrojan.triggers.patch:Patch",
+        "watermark": "untrojan.triggers.watermark:Watermark",
         "blend": "untrojan.triggers.blend:Blend",
         "sinusoid": "untrojan.triggers.sinusoid:Sinusoid",
         "warp": "untrojan.triggers.warp:Warp",
