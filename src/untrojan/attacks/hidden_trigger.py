@@ -17,7 +17,7 @@ with 800 clean images of each class and the recipe :data:`TRANSFER`; on data at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -146,7 +146,7 @@ def pair_of(data: Splits, source: int, target: int) -> Splits:
 
 
 def other_classes(images: ImageSet, pair: tuple[int, int]) -> ImageSet:
-    """What the network is pre-trained on. Raises UntrojanError where fewer than two other classes are left."""
+    """What the network is pre-trained on. Raises UntrojanError where fewer than two classes are left."""
     kept = tuple(label for label in range(images.num_classes) if label not in pair)
     if len(kept) < 2:
         raise UntrojanError(
@@ -186,32 +186,43 @@ def collided(
     at the time: before any step, and as found with the stored bytes. ``model`` is left as it was.
     """
     made, first, last = [], [], []
-    with evaluating(model), task("hiding the trigger", len(images), "images") as bar:
+    with (
+        evaluating(model),
+        tapped(model, ["penultimate"]) as taps,
+        task("hiding the trigger", len(images), "images") as bar,
+    ):
+
+        def features(floats: Tensor) -> Tensor:
+            model(floats)
+            return taps["penultimate"].flatten(1)
+
         for batch, sources in zip(
             images.split(method.batch_size), triggered.split(method.batch_size), strict=True
         ):
             pixels = to_float(batch, model.device)
             with torch.no_grad():
-                wanted = _features(model, to_float(sources, model.device))
-                own = _features(model, pixels)
+                wanted = features(to_float(sources, model.device))
+                own = features(pixels)
             first.append(_distances(own, wanted[greedy_pairs(torch.cdist(own, wanted))]))
-            found = to_bytes(_moved(model, pixels, wanted, method))
+            found = to_bytes(_moved(features, pixels, wanted, method))
             with torch.no_grad():
-                own = _features(model, to_float(found, model.device))
+                own = features(to_float(found, model.device))
             last.append(_distances(own, wanted[greedy_pairs(torch.cdist(own, wanted))]))
             made.append(found.cpu())
             bar.advance(len(batch))
     return torch.cat(made), torch.cat(first).cpu(), torch.cat(last).cpu()
 
 
-def _moved(model: Classifier, pixels: Tensor, wanted: Tensor, method: HiddenTrigger) -> Tensor:
+def _moved(
+    features: Callable[[Tensor], Tensor], pixels: Tensor, wanted: Tensor, method: HiddenTrigger
+) -> Tensor:
     """The perturbed batch, float; features ``wanted`` (N, D) are fixed, who is paired with whom is not."""
     radius = method.radius / 255
     lowest, highest = (pixels - radius).clamp_min(0), (pixels + radius).clamp_max(1)
     moved = pixels
     for iteration in range(method.iterations):
         moved = moved.detach().requires_grad_()
-        own = _features(model, moved)
+        own = features(moved)
         with torch.no_grad():
             partner = greedy_pairs(torch.cdist(own, wanted))
         distances = _distances(own, wanted[partner])
@@ -231,7 +242,8 @@ def greedy_pairs(distances: Tensor) -> Tensor:
     and columns that are each other's nearest are what that would come to take, so they are all taken at
     once: a few rounds in place of N.
     """
-    left = distances.clone()
+    # What is not a number would never be anyone's nearest.
+    left = distances.nan_to_num(torch.finfo(distances.dtype).max)
     partner = torch.full((len(left),), -1, device=left.device)
     everyone = torch.arange(len(left), device=left.device)
     while bool((partner < 0).any()):
@@ -242,13 +254,6 @@ def greedy_pairs(distances: Tensor) -> Tensor:
         left[mutual] = torch.inf
         left[:, columns] = torch.inf
     return partner
-
-
-def _features(model: Classifier, images: Tensor) -> Tensor:
-    """(N, D): what the last layer sees."""
-    with tapped(model, ["penultimate"]) as taps:
-        model(images)
-        return taps["penultimate"].flatten(1)
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:

@@ -50,5 +50,5 @@ def _like(layer: nn.Linear | nn.Conv2d, outputs: int) -> nn.Linear | nn.Conv2d:
     made = Float32Conv2d if isinstance(layer, Float32Conv2d) else nn.Conv2d
     return made(
         layer.in_channels, outputs, layer.kernel_size, layer.stride, layer.padding, layer.dilation,  # type: ignore[arg-type]
-        bias=biased, padding_mode=layer.padding_mode,  # type: ignore[arg-type]
+        bias=biased, padding_mode=layer.padding_mode,
     )  # fmt: skip
