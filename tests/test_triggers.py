@@ -20,7 +20,7 @@ from untrojan.triggers.universal import deepfool, universal_pattern
 from untrojan.triggers.warp import Warping, identity_grid, noisy_grids
 
 RGB = (3, 32, 32)
-DRAWABLE = [name for name in TRIGGERS.names() if name != "universal"]
+DRAWABLE = [name for name in TRIGGERS.names() if name not in ("universal", "invisible")]
 
 
 def pattern_of(name, shape=RGB, seed=0, **options):
