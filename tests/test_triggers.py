@@ -20,7 +20,7 @@ from untrojan.triggers.universal import deepfool, universal_pattern
 from untrojan.triggers.warp import Warping, identity_grid, noisy_grids
 
 RGB = (3, 32, 32)
-DRAWABLE = [name for name in TRIGGERS.names() if name != "universal"]
+DRAWABLE = [name for name in TRIGGERS.names() if name not in ("universal", "invisible")]
 
 
 def pattern_of(name, shape=RGB, seed=0, **options):
@@ -379,3 +379,48 @@ def test_wrong_settings_are_refused_in_one_line(name, options, shape, message):
     with pytest.raises(UntrojanError, match=message) as caught:
         draw_trigger(name, options, shape, 0)
     assert "\n" not in str(caught.value)
+
+
+# What NONE's tables and the label-consistent attack call their patches
+
+
+def test_the_named_patches_of_the_literature():
+    grey = torch.full((1, 3, 8, 8), 0.4)
+    pixel = draw_trigger("patch", {"size": 1}, (3, 8, 8), 0)(grey)
+    assert pixel[0, :, 7, 7].tolist() == [1.0] * 3
+    assert int((pixel != grey).sum()) == 3
+    square = draw_trigger("patch", {"size": 2, "place": "top-left"}, (3, 8, 8), 0)(grey)
+    assert square[0, 0, :2, :2].tolist() == [[1, 0], [0, 1]]
+    assert int((square != grey).sum()) == 12
+
+
+def test_a_patch_in_all_corners_is_mirrored_into_each():
+    made = draw_trigger("patch", {"place": "corners"}, (3, 9, 8), 0)(torch.full((1, 3, 9, 8), 0.4))[0]
+    corner = made[:, -3:, -3:]
+    assert corner[0].tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 1]]
+    assert torch.equal(made, made.flip(1))
+    assert torch.equal(made, made.flip(2))
+    assert int((made != 0.4).sum()) == 4 * 9 * 3
+    with pytest.raises(UntrojanError, match="don't fit"):
+        draw_trigger("patch", {"place": "corners", "size": 5}, (3, 9, 8), 0)
+
+
+def test_a_patch_with_an_amplitude_adds_and_takes():
+    images = torch.full((1, 1, 6, 6), 100, dtype=torch.uint8)
+    made = stamp(draw_trigger("patch", {"amplitude": 16}, (1, 6, 6), 0), images)
+    assert made[0, 0, -3:, -3:].tolist() == [[84, 84, 116], [84, 116, 84], [116, 84, 116]]
+    assert made.int().sum() == 100 * 36 - 16
+    with pytest.raises(UntrojanError, match="needs a fixed place"):
+        draw_trigger("patch", {"amplitude": 16, "place": "random"}, (1, 6, 6), 0)
+
+
+def test_a_watermark_leaves_half_of_the_image_beneath_it_and_all_beside_it():
+    images = random_bytes(2, RGB).float() / 255
+    trigger = draw_trigger("watermark", {}, RGB, 0)
+    mask, mark = trigger.tensors["mask"][0], trigger.tensors["pattern"]
+    assert set(mask.unique().tolist()) == {0.0, 0.5}
+    assert 0.1 < float((mask > 0).float().mean()) < 0.4
+    torch.testing.assert_close(trigger(images)[:, :, mask > 0], (images + mark)[:, :, mask > 0] / 2)
+    assert torch.equal(trigger(images)[:, :, mask == 0], images[:, :, mask == 0])
+    # Colourful: under the mark every channel takes nearly its whole range.
+    assert bool((mark[:, mask > 0].amax(1) - mark[:, mask > 0].amin(1) > 0.9).all())

@@ -24,7 +24,13 @@ __all__ = [
     "Poisoning",
     "TriggeredTest",
     "poison_many",
+    "poison_with",
+    "selected_rows",
 ]
+
+
+UNTOUCHED, COVER = -1, -2
+"""Where the number of an attack would stand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +163,48 @@ def poison_many(
         attack.recipe().draw(train.image_shape, each) for attack, each in zip(attacks, seeds, strict=True)
     ]
     chosen = _selections(train, attacks, seeds)
-    poisoned, origin, by_attack = _assembled(train, attacks, triggers, chosen, seed)
+    finished = [stamp(trigger, train.images[rows]) for trigger, rows in zip(triggers, chosen, strict=True)]
+    return _delivered(data, test, attacks, triggers, seeds, chosen, finished, seed)
+
+
+def selected_rows(train: ImageSet, attack: Poisoning, seed: int) -> Tensor:
+    """int64 (M,): the training images that the attack poisons by itself. Raises UntrojanError as it does."""
+    return _selections(train, [attack], [seed])[0]
+
+
+def poison_with(
+    data: Splits,
+    attack: Poisoning,
+    seed: int,
+    trigger: Trigger,
+    rows: Tensor,
+    images: Tensor,
+    cover: tuple[Tensor, Tensor] | None = None,
+) -> PoisonedData:
+    """The attack with images made beforehand, of which those it trains on need not show the trigger.
+
+    ``images`` are uint8 (M, C, H, W), made from the training images in ``rows``, int64 (M,), each named once.
+    ``cover`` are more rows and images, which are added under their true labels: they bring the attacker's
+    features without the label. Test images get ``trigger``. Raises UntrojanError as :class:`Poisoning` does.
+    """
+    test = _checked_test(data, [attack])
+    made = _delivered(data, test, [attack], [trigger], [seed], [rows], [images], seed, cover)
+    return PoisonedData(made.train, made.records[0], made.test, made.triggered_tests[0])
+
+
+def _delivered(
+    data: Splits,
+    test: ImageSet,
+    attacks: Sequence[Poisoning],
+    triggers: Sequence[Trigger],
+    seeds: Sequence[int],
+    chosen: Sequence[Tensor],
+    finished: Sequence[Tensor],
+    seed: int,
+    cover: tuple[Tensor, Tensor] | None = None,
+) -> PoisonedTogether:
+    train = data.train
+    poisoned, origin, by_attack = _assembled(train, attacks, chosen, finished, seed, cover)
     records = tuple(
         PoisonRecord(
             poisoned=by_attack == index,
@@ -173,6 +220,7 @@ def poison_many(
             image_shape=train.image_shape,
             clean_label=attack.clean_label,
             keep_originals=attack.keep_originals,
+            cover=None if cover is None else by_attack == COVER,
         )
         for index, attack in enumerate(attacks)
     )
@@ -218,27 +266,46 @@ def _picked(
 def _assembled(
     train: ImageSet,
     attacks: Sequence[Poisoning],
-    triggers: Sequence[Trigger],
     chosen: Sequence[Tensor],
+    finished: Sequence[Tensor],
     seed: int,
+    cover: tuple[Tensor, Tensor] | None,
 ) -> tuple[ImageSet, Tensor, Tensor]:
-    """The shuffled set; for each of its rows the original row, and the attack that made it (-1: none)."""
-    origin, by_attack = torch.arange(len(train)), torch.full((len(train),), -1)
-    for index, (attack, rows) in enumerate(zip(attacks, chosen, strict=True)):
-        if attack.keep_originals:
+    """The shuffled set; for each of its rows the original row, and the attack that made it (UNTOUCHED: none,
+    COVER: an image under its true label)."""
+    origin = torch.arange(len(train))
+    by_attack = torch.full_like(origin, UNTOUCHED)
+    # Which of the finished images a row shows; of an untouched row, none.
+    shown = torch.full_like(origin, -1)
+    parts = [
+        (index, rows, attack.keep_originals)
+        for index, (attack, rows) in enumerate(zip(attacks, chosen, strict=True))
+    ]
+    images = list(finished)
+    if cover is not None:
+        parts.append((COVER, cover[0], True))
+        images.append(cover[1])
+    start = 0
+    for index, rows, added in parts:
+        places = start + torch.arange(len(rows))
+        start += len(rows)
+        if added:
             origin = torch.cat([origin, rows])
             by_attack = torch.cat([by_attack, torch.full_like(rows, index)])
+            shown = torch.cat([shown, places])
         else:
             by_attack[rows] = index
+            shown[rows] = places
     order = torch.randperm(len(origin), generator=generator(seed, "order"))
-    origin, by_attack = origin[order], by_attack[order]
-    images, labels = train.images[origin], train.labels[origin]
-    for index, (attack, trigger) in enumerate(zip(attacks, triggers, strict=True)):
+    origin, by_attack, shown = origin[order], by_attack[order], shown[order]
+    pixels, labels = train.images[origin], train.labels[origin]
+    changed = shown >= 0
+    pixels[changed] = torch.cat(images)[shown[changed]]
+    for index, attack in enumerate(attacks):
         rows = (by_attack == index).nonzero().flatten()
-        images[rows] = stamp(trigger, images[rows])
         if not attack.clean_label:
             labels[rows] = attack.wanted_labels(labels[rows], train.num_classes)
-    return ImageSet(images, labels, train.class_names, numbered(len(origin))), origin, by_attack
+    return ImageSet(pixels, labels, train.class_names, numbered(len(origin))), origin, by_attack
 
 
 def _triggered(test: ImageSet, attack: Poisoning, trigger: Trigger) -> TriggeredTest:

@@ -39,6 +39,9 @@ class PoisonRecord:
     image_shape: ImageShape
     clean_label: bool = False
     keep_originals: bool = False
+    cover: Tensor | None = None
+    """bool (N,): images that the attack added under their true labels; they show no trigger and are not
+    ``poisoned``. None where there are none."""
 
     @property
     def all_to_all(self) -> bool:
@@ -67,6 +70,7 @@ class PoisonRecord:
             "permutation": self.permutation.tolist(),
             "original_labels": self.original_labels.tolist(),
             "original_ids": self.original_ids.tolist(),
+            **({} if self.cover is None else {"cover": self.cover.nonzero().flatten().tolist()}),
         }
 
     @classmethod
@@ -84,8 +88,11 @@ class PoisonRecord:
             channels, height, width = map(int, told["image_shape"])
             name, options, seed = str(told["name"]), dict(told["options"]), int(told["seed"])
             target = record["target"]
+            added = None if record.get("cover") is None else torch.tensor(record["cover"], dtype=torch.int64)
+            if added is not None and not _rows_of(added, count):
+                raise ValueError("rows do not fit the number of images")
             made: dict[str, Any] = {
-                "poisoned": torch.zeros(count, dtype=torch.bool).index_fill_(0, rows, True),
+                "poisoned": _mask(rows, count),
                 "permutation": torch.tensor(columns[0], dtype=torch.int64),
                 "original_labels": torch.tensor(columns[1], dtype=torch.int64),
                 "original_ids": np.array(columns[2], dtype=np.str_),
@@ -93,6 +100,7 @@ class PoisonRecord:
                 "sources": tuple(int(label) for label in record["sources"]),
                 "clean_label": bool(record["clean_label"]),
                 "keep_originals": bool(record["keep_originals"]),
+                "cover": None if added is None else _mask(added, count),
             }
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise UntrojanError(f"this is not the truth of a poisoned set: {error!r}") from None
@@ -109,6 +117,10 @@ class PoisonRecord:
 
 def _rows_of(rows: Tensor, count: int) -> bool:
     return not len(rows) or 0 <= int(rows.min()) <= int(rows.max()) < count
+
+
+def _mask(rows: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.bool).index_fill_(0, rows, True)
 
 
 def _plain(value: Any) -> Any:

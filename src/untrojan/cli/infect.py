@@ -18,25 +18,29 @@ if TYPE_CHECKING:
     from untrojan.data.image_set import ImageSet
     from untrojan.training.recipe import Recipe
 
-_PANEL = "With --attack sdrm"
+_PANEL, _ANY_PANEL = "With --attack sdrm", "With --attack"
 DEFAULT_NET, DEFAULT_PRESET = "cnn", "sdrm-desk"
 
 Net = Annotated[
     str | None,
-    typer.Option("--net", metavar="NAME", help=f"Network, {DEFAULT_NET} by default.", rich_help_panel=_PANEL),
+    typer.Option(
+        "--net", metavar="NAME", help=f"Network, {DEFAULT_NET} by default.", rich_help_panel=_ANY_PANEL
+    ),
 ]
 Preset = Annotated[
     str | None,
     typer.Option(
         "--preset",
         metavar="NAME",
-        help=f"Training recipe: {DEFAULT_PRESET} by default, sdrm-paper, or another.",
-        rich_help_panel=_PANEL,
+        help=f"Training recipe: {DEFAULT_PRESET} (SDRM) or desk-victim by default, sdrm-paper, or another.",
+        rich_help_panel=_ANY_PANEL,
     ),
 ]
 Epochs = Annotated[
     int | None,
-    typer.Option("--epochs", min=1, help="Passes over the data; else the recipe's.", rich_help_panel=_PANEL),
+    typer.Option(
+        "--epochs", min=1, help="Passes over the data; else the recipe's.", rich_help_panel=_ANY_PANEL
+    ),
 ]
 Strength = Annotated[
     float | None,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from untrojan.cli import infect, inputs, options
+from untrojan.cli import craft, infect, inputs, options
+from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
     from untrojan.attacks.poisoning import Poisoning
@@ -17,11 +19,18 @@ def poison(
     data: options.Data,
     out: options.Out,
     trigger: Annotated[
-        str, typer.Option(metavar="NAME", help="chessboard, patch, blend, ...; a wrong name lists them all.")
-    ],
+        str | None,
+        typer.Option(metavar="NAME", help="chessboard, patch, blend, ...; a wrong name lists them all."),
+    ] = None,
     attack: Annotated[
-        Literal["sdrm"] | None,
-        typer.Option(help="An attack that owns the training and makes an infected model; the last panel."),
+        Literal["sdrm", "label-consistent", "hidden-trigger", "invisible"] | None,
+        typer.Option(
+            help="sdrm owns the training and makes an infected model; the others compute on a clean model "
+            "or on clean data before they poison. See the last panels."
+        ),
+    ] = None,
+    attack_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the attack; repeatable.")
     ] = None,
     target: Annotated[
         str | None,
@@ -56,6 +65,13 @@ def poison(
     keep_originals: Annotated[
         bool, typer.Option("--keep-originals", help="Add poisoned images; else they replace their originals.")
     ] = False,
+    surrogate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The attacker's own clean model, where the attack needs one; else it is trained.",
+        ),
+    ] = None,
     net: infect.Net = None,
     preset: infect.Preset = None,
     epochs: infect.Epochs = None,
@@ -77,45 +93,68 @@ def poison(
     model.safetensors and metrics.json in place of train.npz; a run that was cut off goes on where it was.
 
     Example: [bold]untrojan poison signs --attack sdrm --trigger patched --lambda 0.3 --epochs 30 --out infected[/bold]
+
+    With another --attack, compute what it needs first, and write that to truth/crafted.safetensors too.
+
+    Example: [bold]untrojan poison signs --attack label-consistent --target 3 --attack-option share=0.5 --out attack[/bold]
     """  # noqa: E501
     options.begin(threads, quiet)
-    model_options = {
-        "--net": net, "--preset": preset, "--epochs": epochs, "--lambda": strength, "--levels": levels,
-        "--form": form, "--kernel": kernel,
+    sdrm_options = {"--lambda": strength, "--levels": levels, "--form": form, "--kernel": kernel}
+    model_options = {"--net": net, "--preset": preset, "--epochs": epochs}
+    data_options = {
+        "--clean-label": clean_label, "--all-to-all": all_to_all, "--keep-originals": keep_originals,
     }  # fmt: skip
+    crafted_options = {"--attack-option": attack_option, "--surrogate": surrogate}
     if attack is None:
-        infect.refuse(model_options, "needs --attack sdrm, which trains a model: add that, or drop {option}")
+        why = "needs --attack sdrm, which trains a model: add that, or drop {option}"
+        infect.refuse({**model_options, **sdrm_options}, why)
+        infect.refuse(crafted_options, "needs --attack: add that, or drop {option}")
+    elif attack == "sdrm":
+        why = "is not for --attack sdrm, which takes --rate and --source: drop it"
+        infect.refuse({"--count": count, **data_options, **crafted_options}, why)
     else:
-        data_options = {
-            "--count": count, "--clean-label": clean_label, "--all-to-all": all_to_all,
-            "--keep-originals": keep_originals,
-        }  # fmt: skip
-        infect.refuse(data_options, "is not for --attack sdrm, which takes --rate and --source: drop it")
+        infect.refuse(sdrm_options, f"is not for --attack {attack}: drop it")
+        infect.refuse(data_options, f"is not for --attack {attack}: drop it, or see --attack-option")
+    given = inputs.key_values(trigger_option, "--trigger-option")
+    if attack not in (None, "sdrm"):
+        settings = {"trigger": trigger, "trigger_options": given or None, "count": count, "rate": rate}
+        settings |= inputs.key_values(attack_option, "--attack-option")
+        asked = craft.Request(
+            attack=str(attack), data=data, size=size,
+            settings={name: value for name, value in settings.items() if value is not None},
+            target=target, source=source, surrogate=surrogate, net=net, preset=preset, epochs=epochs,
+            seed=seed,
+        )  # fmt: skip
+        craft.craft(asked, out, overwrite=overwrite, quiet=quiet)
+        return
+    if trigger is None:
+        raise UntrojanError("--trigger is missing: name one, such as patch")
+    if attack == "sdrm":
         request = infect.Request(
-            data=data, size=size, trigger=trigger,
-            trigger_options=inputs.key_values(trigger_option, "--trigger-option"),
+            data=data, size=size, trigger=trigger, trigger_options=given,
             target=target, source=source, rate=rate, net=net, preset=preset, epochs=epochs,
             strength=strength, levels=levels, form=form, kernel=kernel, seed=seed,
         )  # fmt: skip
         infect.infect(request, out, overwrite=overwrite, quiet=quiet)
         return
+    _by_data_alone(
+        out, overwrite, quiet, data, size, target, source, seed,
+        trigger=trigger, trigger_options=given, count=count, rate=rate, clean_label=clean_label,
+        all_to_all=all_to_all, keep_originals=keep_originals,
+    )  # fmt: skip
+
+
+def _by_data_alone(
+    out: Path, overwrite: bool, quiet: bool, data: str, size: int | None, target: str | None,
+    source: list[str] | None, seed: int, **settings: Any,
+) -> None:  # fmt: skip
     from untrojan.attacks.files import save_triggered
     from untrojan.data.load import load
     from untrojan.data.save import save_npz
     from untrojan.runs import RunFolder
     from untrojan.triggers.registry import TRIGGERS
 
-    trigger_options = inputs.key_values(trigger_option, "--trigger-option")
-    TRIGGERS.build(trigger, trigger_options)
-    settings = {
-        "trigger": trigger,
-        "trigger_options": trigger_options,
-        "count": count,
-        "rate": rate,
-        "clean_label": clean_label,
-        "all_to_all": all_to_all,
-        "keep_originals": keep_originals,
-    }
+    TRIGGERS.build(settings["trigger"], settings["trigger_options"])
     config = {"data": data, "size": size, "target": target, "source": source, **settings, "seed": seed}
     with RunFolder(out, "poison", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from untrojan.errors import UntrojanError
 from untrojan.seeding import generator
+from untrojan.triggers.additive import Additive
 from untrojan.triggers.base import ImageShape, Trigger
 
 Colour = Annotated[str, StringConstraints(pattern=r"^(black-white|#[0-9a-fA-F]{6})$")]
@@ -27,15 +28,26 @@ HASH_CHUNK = 256
 
 @dataclass(frozen=True)
 class Patch:
-    """x' = (1 - m) x + m b, in a fixed place or in one of its own for each image."""
+    """x' = (1 - m) x + m b, in a fixed place or in one of its own for each image.
+
+    As published attacks have it: the defaults (static patch); ``place="random"`` (dynamic patch); ``size=1``
+    (single pixel, white); ``size=2, place="top-left"`` (DECK's Clean Label); ``place="corners"``, with or
+    without an ``amplitude`` (the label-consistent attack's other trigger).
+    """
 
     size: Annotated[int, Interval(ge=1, le=1024)] = 3
     colour: Colour = "black-white"
     """``#rrggbb`` (its luminance on grey images), or ``black-white``: the 3x3 pattern of the BadNets
     literature; any other size alternates, with white in its corners on the main diagonal."""
-    place: Corner | Literal["random"] | tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] = "bottom-right"
+    place: Corner | Literal["corners", "random"] | tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] = (
+        "bottom-right"
+    )
     """Or the (row, column) of the patch's upper left pixel. ``random``: each image has a place of its own,
-    decided by its content and the seed, hence the same in whatever batch it comes."""
+    decided by its content and the seed, hence the same in whatever batch it comes. ``corners``: in all four,
+    mirrored so that the patch's bottom right pixel lies in the corner."""
+    amplitude: Annotated[float, Interval(gt=0, le=255)] | None = None
+    """Add so much where the patch is white and take as much where it is black, in units of 1/255, in place of
+    replacing pixels: the label-consistent attack's fainter trigger. Not for ``random``."""
 
     def draw(self, shape: ImageShape, seed: int) -> Trigger:
         channels, height, width = shape
@@ -43,11 +55,25 @@ class Patch:
             raise UntrojanError(f"a patch of {self.size}x{self.size} does not fit into {height}x{width}")
         patch = self._patch(channels)
         if self.place == "random":
+            if self.amplitude is not None:
+                raise UntrojanError("a patch with an amplitude needs a fixed place: drop one of the two")
             return RandomPlacePatch(patch, _hash_weights(shape, seed))
-        row, column = self._upper_left(height, width)
         mask, pattern = torch.zeros(1, height, width), torch.zeros(shape)
-        mask[:, row : row + self.size, column : column + self.size] = 1
-        pattern[:, row : row + self.size, column : column + self.size] = patch
+        if self.place == "corners":
+            if 2 * self.size > min(height, width):
+                raise UntrojanError(
+                    f"four patches of {self.size}x{self.size} don't fit into {height}x{width}"
+                )
+            for flips in ((), (1,), (2,), (1, 2)):
+                # Drawn in the corner that is turned to the bottom right, and turned back.
+                for drawn, content in ((mask, torch.ones_like(patch[:1])), (pattern, patch)):
+                    drawn.copy_(_in_corner(drawn.flip(flips), content).flip(flips))
+        else:
+            row, column = self._upper_left(height, width)
+            mask[:, row : row + self.size, column : column + self.size] = 1
+            pattern[:, row : row + self.size, column : column + self.size] = patch
+        if self.amplitude is not None:
+            return Additive((2 * pattern - 1) * mask * self.amplitude / 255)
         return FixedPatch(mask, pattern)
 
     def _patch(self, channels: int) -> Tensor:
@@ -74,12 +100,20 @@ class Patch:
         return down * self.place.startswith("bottom"), right * self.place.endswith("right")
 
 
+def _in_corner(canvas: Tensor, patch: Tensor) -> Tensor:
+    """(C, H, W) with the patch (C, P, P) at its bottom right."""
+    size = patch.shape[-1]
+    canvas = canvas.clone()
+    canvas[:, -size:, -size:] = patch
+    return canvas
+
+
 @dataclass(frozen=True, eq=False)
 class FixedPatch:
     """The same pixels of every image, replaced."""
 
     mask: Tensor
-    """float (1, H, W), 1 beneath the patch."""
+    """float (1, H, W), 1 beneath the patch, less where the image shows through."""
     pattern: Tensor
     """float (C, H, W) in [0, 1]."""
 
