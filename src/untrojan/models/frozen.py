@@ -10,11 +10,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from untrojan.models.classifier import Classifier, Float32Conv2d
 
 
-def frozen(model: Classifier) -> Classifier:
+def frozen(model: Classifier, fold: bool = True) -> Classifier:
     """``model`` in evaluation mode with batch norm folded into the convolutions before it.
 
     The copy computes the same function to rounding, a sixth to a half faster. Networks that cannot be traced
-    (a forward that branches on its input) are copied as they are.
+    (a forward that branches on its input) are copied as they are, and all are without ``fold``: every module
+    is then where it was.
     """
     for module in model.network.modules():
         for name, value in vars(module).items():
@@ -23,7 +24,7 @@ def frozen(model: Classifier) -> Classifier:
                 setattr(module, name, value.detach())
     network = copy.deepcopy(model.network).eval().requires_grad_(False)
     copied = Classifier(
-        _folded(network), model.num_classes, model.mean.flatten(), model.std.flatten(),
+        _folded(network) if fold else network, model.num_classes, model.mean.flatten(), model.std.flatten(),
         model.architecture, model.precision, model.image_shape,
     ).to(model.device)  # fmt: skip
     return copied.eval().requires_grad_(False)

@@ -20,5 +20,10 @@ class Scanner(Protocol):
 
 
 SCANNERS: Registry[Scanner] = Registry(
-    "scanner", {"neural-cleanse": "untrojan.defenses.scanning.neural_cleanse:NeuralCleanse"}
+    "scanner",
+    {
+        "neural-cleanse": "untrojan.defenses.scanning.neural_cleanse:NeuralCleanse",
+        "abs": "untrojan.defenses.scanning.abs:ABS",
+        "natural": "untrojan.defenses.scanning.natural:NaturalTrojans",
+    },
 )
