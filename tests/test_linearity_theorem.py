@@ -14,8 +14,8 @@ What is checked, for inputs in the unit cube, which is what images are, and bina
 - the detecting neuron sits on one side of ReLU's bend on the hyperplane and on the other away from it.
 
 What is not: "no other" in the strict sense is out of any continuous net's reach. Around the hyperplane a slab
-answers with the target, too, so triggers a hair away from t work as well: the last test shows that the slab is
-as thin as it is built. Nor is the theorem's converse tested, or anything said of trained nets, whose attacks
+answers with the target, too, so triggers a hair away from t work as well: the last test shows that it is as
+thin as it is built. Nor is the theorem's converse tested, or anything said of trained nets, whose attacks
 are neither complete nor precise, or of regions that are no trigger's.
 """
 

@@ -111,7 +111,7 @@ def metrics_of(found: Scan, clean: ImageSet) -> dict[str, Any]:
     each = {name: _findings(report, clean) for name, report in found.reports.items()}
     for name, section in each.items():
         section["seconds"] = found.costs[name].seconds
-    metrics = {
+    metrics: dict[str, Any] = {
         "verdict": found.verdict,
         "reason": found.reason,
         "targets": list(found.targets),
@@ -149,7 +149,8 @@ def write_scan(
     metrics = metrics_of(found, clean)
     folder.write_json("metrics.json", metrics)
     several = len(found.reports) > 1
-    tensors, pictures = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    pictures: dict[str, bytes] = {}
     for name, report in found.reports.items():
         prefix = f"{name}_" if several else ""
         for label, trigger in report.triggers.items():

@@ -103,11 +103,13 @@ def _stimulated(
         many = features[None].expand(count, *features.shape) if alone else features.unflatten(0, (count, -1))
         many = many.clone()
         many[torch.arange(count), :, which] = each.to(many).view(-1, *[1] * (many.ndim - 2))
-        return many.flatten(0, 1)
+        flat: Tensor = many.flatten(0, 1)
+        return flat
 
     with edited(model, place, edit):
-        logits = model(images if alone else images.repeat(count, 1, 1, 1))
-    return logits.unflatten(0, (len(values), len(channels), len(images)))
+        logits: Tensor = model(images if alone else images.repeat(count, 1, 1, 1))
+    split: Tensor = logits.unflatten(0, (len(values), len(channels), len(images)))
+    return split
 
 
 def _is_bottleneck(model: Classifier, images: Tensor, place: Place) -> bool:
