@@ -210,11 +210,14 @@ def regional_convolution(features: Tensor, kernels: Tensor) -> Tensor:
     bottom, right = -height % z, -width % z
     padded = F.pad(features, (0, right, 0, bottom)) if bottom or right else features
     tall, wide = padded.shape[3] // z, padded.shape[4] // z
-    cut = padded.view(pairs, count, channels, z, tall, z, wide).permute(0, 3, 5, 2, 1, 4, 6)
-    cut = F.pad(cut.reshape(pairs * z * z, channels, count, tall, wide), (m // 2,) * 4)
-    # One matrix product a pair and region: grouped convolutions of so small maps are several times slower.
-    shifted = [cut[..., row : row + tall, column : column + wide] for row in range(m) for column in range(m)]
-    columns = torch.stack(shifted, 2).view(pairs * z * z, channels * m * m, count * tall * wide)
-    changed = kernels.reshape(pairs * z * z, channels, channels * m * m) @ columns
-    stitched = changed.view(pairs, z, z, channels, count, tall, wide).permute(0, 4, 3, 1, 5, 2, 6)
+    # A group a pair and region, the images of a pair as the batch: one convolution for all.
+    cut = padded.view(pairs, count, channels, z, tall, z, wide).permute(1, 0, 3, 5, 2, 4, 6)
+    groups = pairs * z * z
+    changed = F.conv2d(
+        cut.reshape(count, groups * channels, tall, wide),
+        kernels.reshape(groups * channels, channels, m, m),
+        padding=m // 2,
+        groups=groups,
+    )
+    stitched = changed.view(count, pairs, z, z, channels, tall, wide).permute(1, 0, 4, 2, 5, 3, 6)
     return stitched.reshape(pairs, count, channels, z * tall, z * wide)[..., :height, :width]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
         for depth in reversed(range(len(encoder.filters))):
             widths = [*reversed(encoder.filters[depth]), below[depth]]
             layers: list[nn.Module] = []
-            for wide, narrow in zip(widths[:-1], widths[1:], strict=True):
+            for wide, narrow in pairwise(widths):
                 layers += [nn.ConvTranspose2d(wide, narrow, 3, padding=1), nn.ReLU()]
             self.stages.append(nn.Sequential(*(layers if depth else layers[:-1])))
             # Trained from the encoder's activations before any weight is.
@@ -158,8 +159,8 @@ class Decoder(nn.Module):
             raise UntrojanError(f"the decoder has not been trained: {again}")
         if not self.psnr >= least_psnr:
             raise UntrojanError(
-                f"the decoder reconstructs images to {self.psnr:.1f} dB of PSNR where {least_psnr:.1f} are needed: "
-                "train it on more images or for more epochs, or choose another encoder"
+                f"the decoder reconstructs images to {self.psnr:.1f} dB of PSNR where {least_psnr:.1f} are "
+                "needed: train it on more images or for more epochs, or choose another encoder"
             )
 
 

@@ -48,7 +48,7 @@ class Encoding:
     before_pooling: tuple[Tensor, ...]
     """The activations that each stage pools, shallow to deep: twice the side of what it passes on."""
     switches: tuple[Tensor, ...]
-    """Where each stage's maxima lay, as :func:`torch.nn.functional.max_unpool2d` takes it; where asked for."""
+    """Where asked for, the places of each stage's maxima, for :func:`torch.nn.functional.max_unpool2d`."""
 
 
 class TopLeft(nn.Module):
