@@ -15,6 +15,7 @@ not depend on how the pairs were batched, beyond float rounding, and a killed ru
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,24 @@ class LooksInside(Protocol):
 
     def watching(self, model: Classifier) -> AbstractContextManager[object]:
         """Entered round the search, with the copy of the model that it asks."""
+        ...
+
+
+@runtime_checkable
+class ImageProblem(Problem, Protocol):
+    """A problem whose start and size depend on the images too, not on the parameters alone."""
+
+    def initial_on(self, pairs: Tensor, images_of: Callable[[int], Tensor]) -> Tensor:
+        """In place of ``initial``; ``images_of`` gives the uint8 images (n, C, H, W) of a source class."""
+        ...
+
+    def measure(self, parameters: Tensor, sources: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """What :class:`Shrink` multiplies by its cost, (A,), and each image's size, (A, n), of which the
+        mean over the flipped ones takes the place of ``size``.
+
+        ``sources`` and ``embedded``, (A, n, C, H, W) in [0, 1], are the images without and with the
+        transformation.
+        """
         ...
 
 
@@ -329,7 +348,12 @@ class _Search:
         self.model, self.pools, self.pairs = model, pools, pairs
         self.problem, self.schedule = problem, schedule
         count = len(pairs)
-        self.parameters = problem.initial(pairs, pools.shape) if start is None else start.clone()
+        if start is not None:
+            self.parameters = start.clone()
+        elif isinstance(problem, ImageProblem):
+            self.parameters = problem.initial_on(pairs, lambda label: pools.first(label, None))
+        else:
+            self.parameters = problem.initial(pairs, pools.shape)
         self.memory = torch.zeros(count, schedule.stepper.memories, *self.parameters.shape[1:])
         self.flips = torch.zeros(count)
         self.latest = torch.zeros(count)
@@ -368,10 +392,13 @@ class _Search:
         target_images = source_images[:, :0]
         if self.problem.both_sides:
             target_images = to_float(self.pools.deal(target, source, steps, count), device)
-        parameters = self.parameters[active].to(device).requires_grad_()
+        shown = self.parameters[active]
+        parameters = shown.to(device).detach().requires_grad_()
         views = self.problem.views(parameters, source_images, target_images)
         logits = self.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        loss = self.problem.loss(logits, parameters, pairs.to(device)) + self._price(active, parameters)
+        hits = logits[:, :count].argmax(2) == pairs[:, 1:2].to(device)
+        loss = self.problem.loss(logits, parameters, pairs.to(device))
+        loss = loss + self._price(active, parameters, source_images, views[:, :count], hits)
         (gradients,) = torch.autograd.grad(loss.sum(), parameters)
         moved, memory = self.schedule.stepper(
             parameters.detach(), gradients, self.memory[active].to(device), self.boost[active].to(device),
@@ -379,14 +406,15 @@ class _Search:
         )  # fmt: skip
         self.parameters[active], self.memory[active] = moved.cpu(), memory.cpu()
         self.steps[active] += 1
-        flipped = (logits[:, :count].argmax(2) == pairs[:, 1:2].to(device)).float().mean(1).cpu()
-        self._note(active, flipped)
+        self._note(active, hits.float().mean(1).cpu(), shown)
 
-    def _price(self, active: Tensor, parameters: Tensor) -> Tensor:
-        """What the size of these pairs' parameters adds to their loss, (A,)."""
+    def _price(
+        self, active: Tensor, parameters: Tensor, sources: Tensor, embedded: Tensor, hits: Tensor
+    ) -> Tensor:
+        """What the size of these pairs' transformations adds to their loss, (A,)."""
         return torch.zeros(len(active), device=parameters.device)
 
-    def _note(self, active: Tensor, flipped: Tensor) -> None:
+    def _note(self, active: Tensor, flipped: Tensor, shown: Tensor) -> None:
         """Keep a running flip fraction, double the step of stalled pairs, give up on hopeless ones."""
         self.latest[active] = flipped
         self.running[active] = 0.7 * self.running[active] + 0.3 * flipped
@@ -470,20 +498,40 @@ class _ShrinkingSearch(_Search):
         self.fallen = torch.zeros(count, dtype=torch.bool)
         self.stale = torch.zeros(count, dtype=torch.int64)
         self.smallest = torch.full((count,), float("inf"))
+        self.measured = torch.zeros(count)
+        """Sum of the flipped images' sizes since the last look, where images have one, and their number."""
+        self.measured_images = torch.zeros(count)
         self.kept = self.parameters.clone()
 
     def advance(self, active: Tensor) -> int:
         self._step(active)
         return int(self.finished[active].sum())
 
-    def _price(self, active: Tensor, parameters: Tensor) -> Tensor:
-        return self.cost[active].to(parameters.device) * self.problem.size(parameters)
+    def _price(
+        self, active: Tensor, parameters: Tensor, sources: Tensor, embedded: Tensor, hits: Tensor
+    ) -> Tensor:
+        if isinstance(self.problem, ImageProblem):
+            price, sizes = self.problem.measure(parameters, sources, embedded)
+            self.measured[active] += (sizes.detach() * hits).sum(1).cpu()
+            self.measured_images[active] += hits.sum(1).cpu()
+        else:
+            price = self.problem.size(parameters)
+        return self.cost[active].to(parameters.device) * price
 
-    def _note(self, active: Tensor, flipped: Tensor) -> None:
+    def _sizes(self, active: Tensor, parameters: Tensor) -> Tensor:
+        if not isinstance(self.problem, ImageProblem):
+            return self.problem.size(parameters)
+        sizes = self.measured[active] / self.measured_images[active]
+        self.measured[active], self.measured_images[active] = 0.0, 0.0
+        return sizes
+
+    def _note(self, active: Tensor, flipped: Tensor, shown: Tensor) -> None:
         self.seen[active] += flipped
-        looking = active[self.steps[active] % self.shrink.look_every == 0]
-        if len(looking):
-            self._look(looking)
+        due = self.steps[active] % self.shrink.look_every == 0
+        if due.any():
+            # A size that was measured on images is that of the parameters they were shown with.
+            on_images = isinstance(self.problem, ImageProblem)
+            self._look(active[due], shown[due] if on_images else self.parameters[active[due]])
         done = (self.steps[active] >= self.schedule.most_steps) | (
             self.risen[active] & self.fallen[active] & (self.stale[active] >= self.shrink.give_up)
         )
@@ -491,19 +539,19 @@ class _ShrinkingSearch(_Search):
         self.finished[finished] = True
         self.parameters[finished] = self.kept[finished]
 
-    def _look(self, active: Tensor) -> None:
+    def _look(self, active: Tensor, parameters: Tensor) -> None:
         flips = self.seen[active] / self.shrink.look_every
         self.seen[active] = 0
         met = flips >= self.schedule.flip_fraction
-        sizes = self.problem.size(self.parameters[active])
+        sizes = self._sizes(active, parameters)
         better = met & (sizes < self.smallest[active])
         self.stale[active] = (self.stale[active] + 1) * ~(met & (sizes < 0.99 * self.smallest[active]))
         kept = active[better]
-        self.kept[kept], self.smallest[kept] = self.parameters[kept], sizes[better]
+        self.kept[kept], self.smallest[kept] = parameters[better], sizes[better]
         self.solved[active] |= met
         unsolved = ~self.solved[active]
         self.flips[active] = torch.where(better | unsolved, flips, self.flips[active])
-        self.kept[active[unsolved]] = self.parameters[active[unsolved]]
+        self.kept[active[unsolved]] = parameters[unsolved]
         streak = self.streak[active]
         self.streak[active] = torch.where(met, streak.clamp_min(0) + 1, streak.clamp_max(0) - 1)
         up = active[self.streak[active] >= self.shrink.patience]
