@@ -20,5 +20,9 @@ class Scanner(Protocol):
 
 
 SCANNERS: Registry[Scanner] = Registry(
-    "scanner", {"neural-cleanse": "untrojan.defenses.scanning.neural_cleanse:NeuralCleanse"}
+    "scanner",
+    {
+        "neural-cleanse": "untrojan.defenses.scanning.neural_cleanse:NeuralCleanse",
+        "class-distance": "untrojan.defenses.scanning.class_distance:ClassDistance",
+    },
 )
