@@ -29,7 +29,8 @@ def neighbourhoods(images: Tensor, window: int = 11) -> Tensor:
     mean = F.avg_pool2d(rows, (window, 1), 1, (half, 0), count_include_pad=False)
     largest = _sliding_maximum(_sliding_maximum(flat, window, -1), window, -2)
     smallest = -_sliding_maximum(_sliding_maximum(-flat, window, -1), window, -2)
-    return torch.cat([flat, largest, smallest, mean], 1).unflatten(0, images.shape[:-3])
+    seen: Tensor = torch.cat([flat, largest, smallest, mean], 1).unflatten(0, images.shape[:-3])
+    return seen
 
 
 def _sliding_maximum(values: Tensor, window: int, dim: int) -> Tensor:

@@ -19,4 +19,4 @@ class Repair(Protocol):
     ) -> RepairReport: ...
 
 
-REPAIRS: Registry[Repair] = Registry("repair", {})
+REPAIRS: Registry[Repair] = Registry("repair", {"moth": "untrojan.defenses.repair.moth:MOTH"})

@@ -17,6 +17,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
+from untrojan.data.sampling import some_of_each
 from untrojan.defenses.outliers import anomaly_indices
 from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
 from untrojan.inversion.engine import Inversion, Schedule, Shrink, all_pairs, invert
@@ -111,15 +112,6 @@ def class_distances(
     return Distances(matrix, shares, pairs, parameters)
 
 
-def some_of_each(data: ImageSet, count: int, seed: int, *purpose: object) -> ImageSet:
-    """``count`` random images of each class, or all of a class that has fewer."""
-    order = torch.randperm(len(data), generator=random_stream(seed, "some of each", *purpose))
-    order = order[data.labels[order].argsort(stable=True)]
-    counts = data.class_counts
-    place = torch.arange(len(data)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return data.select(order[place < count])
-
-
 @torch.no_grad()
 def _movement(
     model: Classifier, sample: ImageSet, generator: Generator, seed: int, found: Inversion
@@ -197,8 +189,8 @@ class ClassDistance:
         """Scan ``model`` with clean images, rightly labelled. Neither is changed.
 
         ``evidence["distances"]`` is the (K, K) matrix as lists, None on the diagonal and for pairs that were
-        not tried or never flipped; ``evidence["failed_pairs"]`` and ``evidence["suspicious_pairs"]`` are lists
-        of (source, target). Raises UntrojanError where the model's classes are not the images'.
+        not tried or never flipped; ``evidence["failed_pairs"]`` and ``evidence["suspicious_pairs"]`` are
+        lists of (source, target). Raises UntrojanError where the model's classes are not the images'.
         """
         generator = self.generator(clean)
         schedule = schedule_of(generator, self.steps, self.flip_fraction, self.schedule == "paper")
@@ -274,9 +266,7 @@ class ClassDistance:
         """Why distances carry no verdict, or nothing where they do."""
         solved = int(measured(found.matrix).sum())
         if solved < max(FEWEST_PAIRS, len(found.pairs) / 2):
-            return (
-                f"a transformation was found for {solved} of {len(found.pairs)} class pairs: too few to compare"
-            )
+            return f"{solved} of {len(found.pairs)} class pairs have a distance: too few to compare"
         if accuracy < 0.5:
             return (
                 f"the model is right on {accuracy:.0%} of the clean images: it does not classify these data, "

@@ -1,0 +1,405 @@
+"""Class-distance hardening: train on images that were made to look like another class, rightly labelled.
+
+Tao et al., "Model Orthogonalization: Class Distance Hardening in Neural Networks for Better Security"
+(MOTH), S&P 2022, section IV, with the constants of its released code; Tao et al., "DECK: Model Hardening for
+Defending Pervasive Backdoors" keeps the procedure and replaces what makes the images.
+
+First a trigger into each class from all others, which tells how near each is. Then, for three steps each, the
+pairs of classes with the most to gain: triggers for both ways are found together, stamped on a share of the
+pair's images in the batch, labels kept. Triggers set out from those found for the pair before.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
+from torch import Tensor
+
+from untrojan.data.image_set import ImageSet, concatenate, numbered
+from untrojan.data.sampling import some_of_each
+from untrojan.defenses.repair.report import RepairReport
+from untrojan.errors import UntrojanError
+from untrojan.inversion.engine import ANY, Inversion, Schedule, Shrink, invert
+from untrojan.inversion.generators import Generator
+from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.frozen import frozen
+from untrojan.training.loop import train
+from untrojan.training.recipe import Recipe
+from untrojan.triggers.base import to_bytes
+
+Perturb = Callable[[Classifier, Tensor, Tensor], Tensor]
+"""(model, float images, labels) -> images: what an adversarially trained model is to go on seeing."""
+
+FEWEST_IMAGES = 5
+"""Of each class: fewer make a trigger that fits them alone."""
+RAMP = 1000
+"""Steps after which distances outweigh gains fully in the choice of pairs: a = min(.1 step / 100, 1)."""
+
+
+def promise(gains: Tensor, distances: Tensor, weight: float) -> Tensor:
+    """How much each pair of classes has to gain, symmetric (K, K), from U and D of the same shape.
+
+    (1 - a)(U + U') + a (D + D'), MOTH's equation for the choice of pairs, a being ``weight``.
+    """
+    return (1 - weight) * (gains + gains.T) + weight * (distances + distances.T)
+
+
+def choose_pairs(promised: Tensor, count: int, explore: float, random: torch.Generator) -> list[list[int]]:
+    """``count`` disjoint pairs (s, t), s < t, or as many as there are, the most promising first.
+
+    Each is one of the pairs left with probability ``explore``, uniformly, and else the best of them.
+    """
+    open_pairs = torch.ones_like(promised, dtype=torch.bool).triu(1)
+    chosen: list[list[int]] = []
+    while len(chosen) < count and bool(open_pairs.any()):
+        left = open_pairs.nonzero()
+        if float(torch.rand((), generator=random)) < explore:
+            place = int(torch.randint(len(left), (), generator=random))
+        else:
+            place = int(promised[open_pairs].argmax())
+        pair = left[place]
+        chosen.append(pair.tolist())
+        open_pairs[pair] = False
+        open_pairs[:, pair] = False
+    return chosen
+
+
+class PairStates:
+    """What hardening remembers of every ordered pair: all that a checkpoint has to hold."""
+
+    def __init__(self, gains: Tensor, sizes: Tensor, universal: Tensor) -> None:
+        """``gains`` is U, ``sizes`` the universal triggers', both (K, K), ``universal`` their parameters."""
+        self.gains, self.sizes, self.universal = gains, sizes.clone(), universal
+        self.distances = sizes / sizes.max().clamp_min(1e-12)
+        self.stored: dict[tuple[int, int], Tensor] = {}
+        self.stored_sizes: dict[tuple[int, int], float] = {}
+        self.step, self.left = 0, 0
+        self.pairs: list[list[int]] = []
+        """Ordered pairs in hand: (s, t), (t, s), and so on."""
+        self.solved: list[bool] = []
+        self.latest: list[float] = []
+        self.visits: list[dict[str, Any]] = []
+
+    def start(self) -> Tensor:
+        """Parameters (A, ...) for the pairs in hand to set out from."""
+        known = [self.stored.get((s, t), self.universal[t]) for s, t in self.pairs]
+        return torch.stack(known)
+
+    def keep(self, parameters: Tensor, sizes: Tensor, solved: Tensor) -> None:
+        """Remember what was found for the pairs in hand, of two triggers of a pair the larger."""
+        self.solved, self.latest = solved.tolist(), sizes.tolist()
+        for place, (source, target) in enumerate(self.pairs):
+            pair, size = (source, target), self.latest[place]
+            if self.solved[place] and size >= self.stored_sizes.get(pair, 0.0):
+                self.stored[pair], self.stored_sizes[pair] = parameters[place].clone(), size
+
+    def close_period(self) -> None:
+        """D becomes the mean of itself and the size's relative change, where the last search succeeded."""
+        for (source, target), solved, size in zip(self.pairs, self.solved, self.latest, strict=True):
+            before = float(self.sizes[source, target])
+            self.visits.append(
+                {"source": source, "target": target, "step": self.step, "before": before,
+                 "after": size if solved else None}
+            )  # fmt: skip
+            if solved:
+                change = (size - before) / max(before, 1e-12)
+                self.distances[source, target] = (self.distances[source, target] + change) / 2
+                self.sizes[source, target] = size
+        self.pairs, self.solved, self.latest = [], [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        for name in ("stored", "stored_sizes"):
+            state[name] = [[*pair, value] for pair, value in state[name].items()]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.cpu() if isinstance(value, Tensor) else value)
+        for name in ("stored", "stored_sizes"):
+            entries = state[name]
+            setattr(self, name, {(s, t): v.cpu() if isinstance(v, Tensor) else v for s, t, v in entries})
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """MOTH's loop over any :class:`~untrojan.inversion.generators.Generator`."""
+
+    steps: Annotated[int, Ge(1)] = 300
+    """Training steps after the warm-up, at least: the last epoch is finished. Two epochs of the whole
+    training set in the released code; of the papers' 5 % that would visit a quarter of ten classes' pairs."""
+    period: Annotated[int, Ge(1)] = 3
+    """Steps that pairs are kept for."""
+    pairs_at_once: Annotated[int, Ge(1)] = 1
+    """Disjoint pairs hardened in each step, all in one batch of the inversion. The papers' 1; many classes
+    have more pairs than there are steps."""
+    explore: Annotated[float, Interval(ge=0, le=1)] = 0.3
+    """How often a pair is drawn at random."""
+    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    """Share of the smaller class's images in the batch, but at least one image, that get a trigger either
+    way. The released code takes 0.1 of the whole training set's batches."""
+    schedule: Literal["fast", "paper"] = "fast"
+    """Steps and images of each inversion; see :meth:`schedules`."""
+    flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    """The released Keras code's; the PyTorch code has a tenth."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    batch_size: Annotated[int, Ge(2)] = 128
+    crop_padding: Annotated[int, Ge(0)] = 0
+    flip: bool = False
+    freeze_statistics: bool = False
+    """Leave batch norm's running statistics as they are. The released PyTorch code does from the first
+    inversion on, which leaves its model in evaluation mode; its authors' Keras code does not."""
+    seed: int = 0
+
+    def generator(self, clean: ImageSet, checkpoint: Path | None) -> Generator:
+        """What makes one class look like another."""
+        raise NotImplementedError
+
+    def __call__(
+        self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None,
+        perturb: Perturb | None = None,
+    ) -> RepairReport:  # fmt: skip
+        """Harden a copy of ``model`` with ``clean``, images known to be rightly labelled.
+
+        ``perturb`` is for models trained adversarially: batches pass through it before triggers are found and
+        stamped, or hardening would unlearn their robustness. The history holds "epochs", and "visits": for
+        each period and way the trigger's size before and after, None where the last search failed.
+
+        Raises UntrojanError for fewer than five images of a class, where the model's classes are not the
+        images', or where training diverges.
+        """
+        self._check(model, clean)
+        generator = self.generator(clean, checkpoint)
+        states = self._warm_up(model, clean, generator, checkpoint)
+        repaired = copy.deepcopy(model)
+        run = _Hardener(self, repaired, clean, generator, states, perturb)
+        steps_an_epoch = max(1, -(-len(clean) // self.batch_size) - (len(clean) % self.batch_size == 1))
+        wanted = clean.num_classes + self.steps
+        recipe = Recipe(
+            epochs=-(-wanted // steps_an_epoch), batch_size=self.batch_size, optimizer="sgd",
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay, schedule="constant",
+            crop_padding=self.crop_padding, flip=self.flip, precision=model.precision,
+        )  # fmt: skip
+        history = train(
+            repaired, clean, recipe, seed=self.seed, checkpoint=checkpoint, description="hardening",
+            augmented_transform=run, freeze_statistics=self.freeze_statistics, extra_state=states,
+            method=f"{self} {perturb is not None} {_fingerprint(model)}",
+        )  # fmt: skip
+        if states.pairs and states.solved:
+            states.close_period()
+        return RepairReport(repaired, {"epochs": history.to_json(), "visits": states.visits})
+
+    def schedules(self, generator: Generator) -> tuple[Schedule, Schedule, Schedule]:
+        """Of the warm-up, of a pair's first step and of its later ones.
+
+        ``paper``: 500, 200 and 50 steps of 32 images a step in the warm-up and 16 a way after. ``fast``: 200,
+        60 and 20 of 8. A flip fraction of .99 in the warm-up; the later steps' cost ten times the first's.
+        """
+        paper = self.schedule == "paper"
+        universal, first, later = (500, 200, 50) if paper else (200, 60, 20)
+
+        def of(steps: int, images: int, flips: float, cost: float) -> Schedule:
+            # The released code looks at every step; a step of few images tells little.
+            look = 1 if paper else 2
+            shrink = Shrink(cost, look_every=look, patience=10 if paper else 3, give_up=steps)
+            return Schedule(generator.stepper, images, flips, most_steps=steps, shrink=shrink)
+
+        cost = generator.cost
+        return (
+            of(universal, 32 if paper else 12, 0.99, cost),
+            of(first, 16 if paper else 8, self.flip_fraction, cost),
+            of(later, 16 if paper else 8, self.flip_fraction, 10 * cost),
+        )
+
+    def _check(self, model: Classifier, clean: ImageSet) -> None:
+        least = int(clean.class_counts.argmin())
+        count = int(clean.class_counts[least])
+        if count < FEWEST_IMAGES:
+            raise UntrojanError(
+                f"hardening needs at least {FEWEST_IMAGES} clean images of every class: "
+                f"{clean.class_names[least]!r} has {count}"
+            )
+        if model.num_classes != clean.num_classes:
+            raise UntrojanError(
+                f"the model has {model.num_classes} outputs and the data have {clean.num_classes} classes: "
+                "they must be as many"
+            )
+
+    def _warm_up(
+        self, model: Classifier, clean: ImageSet, generator: Generator, checkpoint: Path | None
+    ) -> PairStates:
+        """Universal triggers for all classes at once, on ten images of each."""
+        problem = generator.problem(self.seed)
+        sample = some_of_each(clean, 10, self.seed, "warm-up")
+        pairs = torch.tensor([[ANY, target] for target in range(clean.num_classes)])
+        place = (
+            None if checkpoint is None else checkpoint.with_name(f"universal-{checkpoint.stem}.safetensors")
+        )
+        found = invert(
+            model, sample, pairs, problem, self.schedules(generator)[0], seed=self.seed, checkpoint=place,
+            description="inverting universal triggers",
+        )  # fmt: skip
+        gains, sizes = universal_effects(model, sample, generator, self.seed, found)
+        return PairStates(gains, sizes, found.parameters)
+
+
+@torch.no_grad()
+def universal_effects(
+    model: Classifier, sample: ImageSet, generator: Generator, seed: int, found: Inversion
+) -> tuple[Tensor, Tensor]:
+    """U and the sizes, (K, K) with zero diagonals: what each target's trigger does to each source's images.
+
+    U is (CE before - CE after) / CE before, cross-entropies with the target averaged over the source's images
+    first: an image that lies in the target's region already would divide by nothing.
+    """
+    asked, problem, count = frozen(model), generator.problem(seed), sample.num_classes
+    images = to_float(sample.images, model.device)
+    labels = sample.labels.to(model.device)
+    by_class = F.one_hot(labels, count).float() / sample.class_counts.to(model.device)
+    before = -torch.cat([asked(part).log_softmax(1) for part in images.split(512)])
+    gains, sizes = torch.zeros(count, count), torch.zeros(count, count)
+    for target in range(count):
+        parameters = found.parameters[target : target + 1].to(model.device)
+        after, moved = [], []
+        for part in images.split(512):
+            after.append(-asked(problem.embed(parameters, part[None])[0]).log_softmax(1)[:, target])
+            moved.append(generator.moved(problem, parameters, part[None])[0])
+        start = by_class.T @ before[:, target]
+        gains[:, target] = ((start - by_class.T @ torch.cat(after)) / start.clamp_min(1e-6)).cpu()
+        sizes[:, target] = (by_class.T @ torch.cat(moved)).cpu()
+    return gains.fill_diagonal_(0), sizes.fill_diagonal_(0)
+
+
+class _Hardener:
+    """What happens to each batch: an :data:`~untrojan.training.loop.AugmentedTransform`."""
+
+    def __init__(
+        self,
+        settings: Hardening,
+        model: Classifier,
+        clean: ImageSet,
+        generator: Generator,
+        states: PairStates,
+        perturb: Perturb | None,
+    ) -> None:
+        self.settings, self.model, self.clean = settings, model, clean
+        self.generator, self.problem = generator, generator.problem(settings.seed)
+        self.states, self.perturb = states, perturb
+        _, self.first, self.later = settings.schedules(generator)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, rows: Tensor, random: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        if self.perturb is not None:
+            images = self.perturb(self.model, images, labels)
+        if self.states.step < self.clean.num_classes:
+            stamped = self._stamp_universal(images, labels, self.states.step, random)
+        else:
+            stamped = self._stamp_pairs(images, labels, random)
+        self.states.step += 1
+        return stamped, labels
+
+    def _stamp_universal(
+        self, images: Tensor, labels: Tensor, target: int, random: torch.Generator
+    ) -> Tensor:
+        """Half of the other classes' images get the target's trigger."""
+        others = (labels != target).nonzero().flatten()
+        drawn = torch.randperm(len(others), generator=random)[: len(others) // 2].to(labels.device)
+        return self._embedded(images, others[drawn], self.states.universal[target])
+
+    def _stamp_pairs(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        states = self.states
+        begins = states.left == 0
+        if begins:
+            self._choose(random)
+        # A way that failed has to be looked for again from afar.
+        schedule = self.first if begins or not all(states.solved) else self.later
+        pairs = torch.tensor(states.pairs)
+        data = self._images_of(pairs, images, labels, random)
+        found = invert(
+            self.model, data, pairs, self.problem, schedule, seed=self.settings.seed + states.step,
+            start=states.start(), description="inverting pairs",
+        )  # fmt: skip
+        states.keep(found.parameters, self._sizes(data, found), found.solved)
+        states.left -= 1
+        for (source, target), parameters, solved in zip(
+            states.pairs, found.parameters, found.solved.tolist(), strict=True
+        ):
+            if solved:
+                images = self._embedded(images, self._some(labels, source, target, random), parameters)
+        return images
+
+    def _choose(self, random: torch.Generator) -> None:
+        states, settings = self.states, self.settings
+        if states.pairs:
+            states.close_period()
+        weight = min((states.step - self.clean.num_classes) / RAMP, 1.0)
+        promised = promise(states.gains, states.distances, weight)
+        chosen = choose_pairs(promised, settings.pairs_at_once, settings.explore, random)
+        states.pairs = [way for source, target in chosen for way in ([source, target], [target, source])]
+        states.solved = [False] * len(states.pairs)
+        states.left = settings.period
+
+    def _images_of(
+        self, pairs: Tensor, images: Tensor, labels: Tensor, random: torch.Generator
+    ) -> ImageSet:  # fmt: skip
+        """The batch's images of the pairs' classes, filled up from the whole set where they are few."""
+        wanted = pairs.unique()
+        in_batch = torch.isin(labels.cpu(), wanted)
+        batch = _as_set(
+            to_bytes(images[in_batch.to(images.device)]).cpu(), labels.cpu()[in_batch], self.clean
+        )
+        more: list[Tensor] = []
+        for label in wanted.tolist():
+            rows = self.clean.indices_of(label)
+            lacking = self.first.images_a_side - int((batch.labels == label).sum())
+            more.append(rows[torch.randperm(len(rows), generator=random)[: max(0, lacking)]])
+        return concatenate([batch, self.clean.select(torch.cat(more))])
+
+    @torch.no_grad()
+    def _sizes(self, data: ImageSet, found: Inversion) -> Tensor:
+        """Mean movement (A,) of the sources' images."""
+        sizes = []
+        for (source, _), parameters in zip(found.pairs.tolist(), found.parameters, strict=True):
+            images = to_float(data.images[data.indices_of(source)], self.model.device)[None]
+            sizes.append(
+                self.generator.moved(self.problem, parameters[None].to(images.device), images).mean()
+            )
+        return torch.stack(sizes).cpu()
+
+    def _some(self, labels: Tensor, source: int, target: int, random: torch.Generator) -> Tensor:
+        """Rows of the source's images to be stamped: a share of the smaller class, one at least."""
+        rows = (labels == source).nonzero().flatten()
+        smaller = min(len(rows), int((labels == target).sum()))
+        count = max(1, int(self.settings.stamped * smaller))
+        return rows[torch.randperm(len(rows), generator=random)[:count].to(rows.device)]
+
+    @torch.no_grad()
+    def _embedded(self, images: Tensor, rows: Tensor, parameters: Tensor) -> Tensor:
+        """Images with the trigger on some rows."""
+        if not len(rows):
+            return images
+        out = images.clone()
+        out[rows] = self.problem.embed(parameters[None].to(images.device), images[rows][None])[0]
+        return out
+
+
+def _as_set(images: Tensor, labels: Tensor, like: ImageSet) -> ImageSet:
+    return ImageSet(images, labels, like.class_names, numbered(len(labels)))
+
+
+def _fingerprint(model: Classifier) -> str:
+    """Of the weights: a checkpoint goes on from the same model alone."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
