@@ -15,9 +15,10 @@ not depend on how the pairs were batched, beyond float rounding, and a killed ru
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,24 @@ class Problem(Protocol):
 
     def size(self, parameters: Tensor) -> Tensor:
         """What is to be small: (A,) from parameters (A, ...)."""
+        ...
+
+
+@runtime_checkable
+class ImageProblem(Problem, Protocol):
+    """A problem whose start and size depend on the images too, not on the parameters alone."""
+
+    def initial_on(self, pairs: Tensor, images_of: Callable[[int], Tensor]) -> Tensor:
+        """In place of ``initial``; ``images_of`` gives the uint8 images (n, C, H, W) of a source class."""
+        ...
+
+    def measure(self, parameters: Tensor, sources: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """What :class:`Shrink` multiplies by its cost, (A,), and each image's size, (A, n), of which the
+        mean over the flipped ones takes the place of ``size``.
+
+        ``sources`` and ``embedded``, (A, n, C, H, W) in [0, 1], are the images without and with the
+        transformation.
+        """
         ...
 
 
@@ -311,7 +330,12 @@ class _Search:
         self.model, self.pools, self.pairs = model, pools, pairs
         self.problem, self.schedule = problem, schedule
         count = len(pairs)
-        self.parameters = problem.initial(pairs, pools.shape) if start is None else start.clone()
+        if start is not None:
+            self.parameters = start.clone()
+        elif isinstance(problem, ImageProblem):
+            self.parameters = problem.initial_on(pairs, lambda label: pools.first(label, None))
+        else:
+            self.parameters = problem.initial(pairs, pools.shape)
         self.memory = torch.zeros(count, schedule.stepper.memories, *self.parameters.shape[1:])
         self.flips = torch.zeros(count)
         self.latest = torch.zeros(count)
@@ -353,7 +377,9 @@ class _Search:
         parameters = self.parameters[active].to(device).requires_grad_()
         views = self.problem.views(parameters, source_images, target_images)
         logits = self.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        loss = self.problem.loss(logits, parameters, pairs.to(device)) + self._price(active, parameters)
+        hits = logits[:, :count].argmax(2) == pairs[:, 1:].to(device)
+        loss = self.problem.loss(logits, parameters, pairs.to(device))
+        loss = loss + self._price(active, parameters, source_images, views[:, :count], hits)
         (gradients,) = torch.autograd.grad(loss.sum(), parameters)
         moved, memory = self.schedule.stepper(
             parameters.detach(), gradients, self.memory[active].to(device), self.boost[active].to(device),
@@ -361,11 +387,12 @@ class _Search:
         )  # fmt: skip
         self.parameters[active], self.memory[active] = moved.cpu(), memory.cpu()
         self.steps[active] += 1
-        flipped = (logits[:, :count].argmax(2) == pairs[:, 1:].to(device)).float().mean(1).cpu()
-        self._note(active, flipped)
+        self._note(active, hits.float().mean(1).cpu())
 
-    def _price(self, active: Tensor, parameters: Tensor) -> Tensor:
-        """What the size of these pairs' parameters adds to their loss, (A,)."""
+    def _price(
+        self, active: Tensor, parameters: Tensor, sources: Tensor, embedded: Tensor, hits: Tensor
+    ) -> Tensor:
+        """What the size of these pairs' transformations adds to their loss, (A,)."""
         return torch.zeros(len(active), device=parameters.device)
 
     def _note(self, active: Tensor, flipped: Tensor) -> None:
@@ -452,14 +479,32 @@ class _ShrinkingSearch(_Search):
         self.fallen = torch.zeros(count, dtype=torch.bool)
         self.stale = torch.zeros(count, dtype=torch.int64)
         self.smallest = torch.full((count,), float("inf"))
+        self.measured = torch.zeros(count)
+        """Sum of the flipped images' sizes since the last look, where images have one, and their number."""
+        self.measured_images = torch.zeros(count)
         self.kept = self.parameters.clone()
 
     def advance(self, active: Tensor) -> int:
         self._step(active)
         return int(self.finished[active].sum())
 
-    def _price(self, active: Tensor, parameters: Tensor) -> Tensor:
-        return self.cost[active].to(parameters.device) * self.problem.size(parameters)
+    def _price(
+        self, active: Tensor, parameters: Tensor, sources: Tensor, embedded: Tensor, hits: Tensor
+    ) -> Tensor:
+        if isinstance(self.problem, ImageProblem):
+            price, sizes = self.problem.measure(parameters, sources, embedded)
+            self.measured[active] += (sizes.detach() * hits).sum(1).cpu()
+            self.measured_images[active] += hits.sum(1).cpu()
+        else:
+            price = self.problem.size(parameters)
+        return self.cost[active].to(parameters.device) * price
+
+    def _sizes(self, active: Tensor) -> Tensor:
+        if not isinstance(self.problem, ImageProblem):
+            return self.problem.size(self.parameters[active])
+        sizes = self.measured[active] / self.measured_images[active]
+        self.measured[active], self.measured_images[active] = 0.0, 0.0
+        return sizes
 
     def _note(self, active: Tensor, flipped: Tensor) -> None:
         self.seen[active] += flipped
@@ -477,7 +522,7 @@ class _ShrinkingSearch(_Search):
         flips = self.seen[active] / self.shrink.look_every
         self.seen[active] = 0
         met = flips >= self.schedule.flip_fraction
-        sizes = self.problem.size(self.parameters[active])
+        sizes = self._sizes(active)
         better = met & (sizes < self.smallest[active])
         if self.shrink.confirm:
             for place in better.nonzero().flatten().tolist():

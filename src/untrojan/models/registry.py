@@ -164,7 +164,7 @@ def _users_network(
     from untrojan.models.classifier import evaluating
 
     try:
-        factory = _import(name)
+        factory = users_factory(name)
         accepted = _accepted(factory, {**settings, "width": width})
         if width is not None and "width" not in accepted:
             raise UntrojanError(f"{name} takes no width: leave out the multiplier after '@'")
@@ -191,7 +191,9 @@ def _users_network(
     return network
 
 
-def _import(name: str) -> Factory:
+def users_factory(name: str) -> Factory:
+    """What a ``module:factory`` names, imported. Raises UntrojanError where it cannot be called, and whatever
+    the import raises."""
     module, _, attribute = name.partition(":")
     with _working_folder_importable():
         factory = getattr(importlib.import_module(module), attribute)

@@ -15,11 +15,17 @@ from untrojan.models.layers import GlobalAveragePool, conv_bn_relu, scaled
 
 _Blocks = Sequence[Sequence[int]]
 
+_VGG5: _Blocks = ((32, 32), (64,), (128,))
 _VGG9: _Blocks = ((16,), (32,), (64, 64), (128, 128))
 _VGG11: _Blocks = ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2)
 _VGG13: _Blocks = ((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2)
 _VGG16: _Blocks = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)
 _VGG19: _Blocks = ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4)
+
+
+def vgg5(num_classes: int, in_channels: int, image_size: int, width: float = 1.0) -> nn.Module:
+    """Four convolutions, 32-32-64-128: VGG-16's first block at half width, and just enough to train it."""
+    return _vgg(_VGG5, num_classes, in_channels, image_size, width)
 
 
 def vgg9(num_classes: int, in_channels: int, image_size: int, width: float = 1.0) -> nn.Module:

@@ -1,0 +1,220 @@
+"""DECK's pervasive backdoor: encode, transform the features region by region, decode.
+
+Tao et al., "Model Hardening Against Pervasive Backdoors" (DECK), section IV-B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from untrojan.errors import UntrojanError
+from untrojan.inversion.engine import Adam, Schedule, Shrink
+from untrojan.metrics.images import structural_similarity
+from untrojan.models.decoders import LEAST_PSNR, Decoder
+from untrojan.models.encoders import Encoder
+from untrojan.seeding import generator
+
+STATISTICS_UNIT = 2550.0
+"""Pixel levels to a parameter's one. Adam's steps are alike for all parameters, so that its 1e-3 for
+kernels is 1e-2 of the pixel range for means and deviations."""
+
+PAPER = Schedule(
+    Adam(1e-3, (0.5, 0.9)),
+    images_a_side=100,
+    flip_fraction=0.9,
+    most_steps=300,
+    shrink=Shrink(cost=1e-2, look_every=1, patience=10, rise=1.5, fall=1.5**1.5, give_up=300),
+)
+"""Section V-A: 100 images, 300 steps, 90 % flipped. The paper leaves open how its alpha moves: this is
+Neural Cleanse's and MOTH's way, as are Adam's betas."""
+
+FAST = Schedule(
+    Adam(1e-3, (0.5, 0.9)),
+    images_a_side=16,
+    flip_fraction=0.9,
+    most_steps=200,
+    shrink=Shrink(cost=1e-2, look_every=4, patience=2, rise=1.5, fall=1.5**1.5, give_up=20),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Transformation:
+    """What the parameters of A pairs stand for."""
+
+    mean: Tensor
+    """(A, 3): mu_b, in pixel levels."""
+    deviation: Tensor
+    """(A, 3): sigma_b, in pixel levels."""
+    usual_mean: Tensor
+    """(A, 3): the average over the source class's images; never moves."""
+    usual_deviation: Tensor
+    """(A, 3)."""
+    kernels: Tensor
+    """(A, z, z, C', C', m, m): of each region, from its last-but-two axis to the one before."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSpacePattern:
+    """x' = clip(decode(regional convolution(encode(normalise(x))))): an
+    :class:`~untrojan.inversion.engine.ImageProblem`.
+
+    Parameters are (P, 12 + z^2 C'^2 m^2); see :meth:`unpack`. The decoder's random numbers are drawn once,
+    from the seed, and each place in a batch has its own, so that the same images give the same result.
+    Encoder and decoder follow the images to their device.
+
+    Raises UntrojanError for a decoder of another encoder, one that was not trained, or one that does not
+    reach ``least_psnr``.
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+    regions: int = 4
+    """z: a map is cut into z x z regions."""
+    kernel: int = 3
+    """m, odd: the side of a region's kernels, around which the region is padded with zeros."""
+    seed: int = 0
+    content: float = 1e-3
+    """Weight of the features' mean squared error; section IV-B's values, as the next three are."""
+    similarity: float = 100.0
+    """Weight of 1 - SSIM: equation 7 is printed without the sign that makes images alike."""
+    smoothness: float = 0.05
+    statistics: float = 1.0
+    least_psnr: float = LEAST_PSNR
+    both_sides: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.regions < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise UntrojanError(
+                f"regions must be 1 or more and the kernel odd, not {self.regions} and {self.kernel}"
+            )
+        self.decoder.check(self.encoder, self.least_psnr)
+
+    def initial(self, pairs: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        """As :meth:`initial_on`, from mid grey's statistics, for want of images."""
+        grey = torch.tensor([127.5, 64.0]).repeat_interleave(3)
+        return self._start(pairs, grey.repeat(len(pairs), 1))
+
+    def initial_on(self, pairs: Tensor, images_of: Callable[[int], Tensor]) -> Tensor:
+        """The source class's average statistics, and kernels that change next to nothing."""
+        averages = {}
+        for source in pairs[:, 0].unique().tolist():
+            images = images_of(source).float()
+            spread, centre = torch.std_mean(images, (2, 3), correction=0)
+            averages[source] = torch.cat([centre.mean(0).expand(3), spread.mean(0).expand(3)])
+        return self._start(pairs, torch.stack([averages[source] for source in pairs[:, 0].tolist()]))
+
+    def _start(self, pairs: Tensor, usual: Tensor) -> Tensor:
+        channels, z, m = self.encoder.channels, self.regions, self.kernel
+        identity = torch.zeros(channels, channels, m, m)
+        identity[range(channels), range(channels), m // 2, m // 2] = 1
+        drawn = [
+            identity
+            + 0.01
+            * torch.randn(z, z, channels, channels, m, m, generator=generator(self.seed, "kernels", *pair))
+            for pair in pairs.tolist()
+        ]
+        return torch.cat([usual / STATISTICS_UNIT, usual / STATISTICS_UNIT, torch.stack(drawn).flatten(1)], 1)
+
+    def unpack(self, parameters: Tensor) -> Transformation:
+        """Parameters (A, ...) by name, in pixel levels."""
+        channels, z, m = self.encoder.channels, self.regions, self.kernel
+        mean, deviation, *usual = (parameters[:, :12] * STATISTICS_UNIT).unflatten(1, (4, 3)).unbind(1)
+        kernels = parameters[:, 12:].view(-1, z, z, channels, channels, m, m)
+        return Transformation(mean, deviation, usual[0].detach(), usual[1].detach(), kernels)
+
+    def views(self, parameters: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        return self.embed(parameters, sources)
+
+    def loss(self, logits: Tensor, parameters: Tensor, pairs: Tensor) -> Tensor:
+        wanted = pairs[:, 1:].expand(-1, logits.shape[1])
+        return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(1)
+
+    def embed(self, parameters: Tensor, images: Tensor) -> Tensor:
+        self.encoder.to(images.device)
+        self.decoder.to(images.device)
+        pairs, count, channels, height, width = images.shape
+        found = self.unpack(parameters)
+        pixels = 255 * images.expand(-1, -1, 3, -1, -1)
+        normalised = with_statistics(pixels, found.mean[:, None], found.deviation[:, None])
+        encoding = self.encoder.encode(normalised.flatten(0, 1), self.decoder.upsampling == "swwae")
+        features = encoding.features.unflatten(0, (pairs, count))
+        changed = regional_convolution(features, found.kernels).flatten(0, 1)
+        drawn = self.decoder.noise(count, *changed.shape[2:], self.seed)
+        noise = None if drawn is None else [each.repeat(pairs, 1, 1, 1) for each in drawn]
+        decoded = self.decoder(changed, noise, encoding.switches)[..., :height, :width]
+        decoded = decoded.unflatten(0, (pairs, count))
+        if channels == 1:
+            decoded = decoded.mean(2, keepdim=True)
+        return decoded.clamp(0, 255) / 255
+
+    def size(self, parameters: Tensor) -> Tensor:
+        """Equation 9: how far the statistics are from the source class's, in pixel levels."""
+        found = self.unpack(parameters)
+        means = (found.mean - found.usual_mean).abs().mean(1)
+        return means + (found.deviation - found.usual_deviation).abs().mean(1)
+
+    def measure(self, parameters: Tensor, sources: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """What equation 11 multiplies by alpha, (A,), and the content distances (A, n)."""
+        shape = sources.shape[:2]
+        before, after = 255 * sources.flatten(0, 1), 255 * embedded.flatten(0, 1)
+        distances = self._distances(before, after).unflatten(0, shape)
+        unlike = (1 - structural_similarity(before, after)).unflatten(0, shape)
+        # The pixels that there are, or the edges would count as steps to black.
+        smooth = F.avg_pool2d(after, 3, 1, 1, count_include_pad=False)
+        rough = (after - smooth).square().flatten(1).mean(1).unflatten(0, shape)
+        terms = self.content * distances + self.similarity * unlike + self.smoothness * rough
+        return terms.mean(1) + self.statistics * self.size(parameters), distances.detach()
+
+    @torch.no_grad()
+    def distance(self, parameters: Tensor, images: Tensor, flipped: Tensor) -> Tensor:
+        """The class distance (A,): the features' mean squared error over the flipped images, in squared pixel
+        levels; NaN where none is flipped.
+
+        ``images`` are (A, n, C, H, W) in [0, 1] without the transformation, ``flipped`` bool (A, n) says
+        which of them it flips.
+        """
+        embedded = self.embed(parameters, images)
+        distances = self._distances(255 * images.flatten(0, 1), 255 * embedded.flatten(0, 1))
+        distances = distances.unflatten(0, images.shape[:2])
+        hits = flipped.to(distances)
+        return (distances * hits).sum(1) / hits.sum(1)
+
+    def _distances(self, before: Tensor, after: Tensor) -> Tensor:
+        return (self.encoder(before) - self.encoder(after)).square().flatten(1).mean(1)
+
+
+def with_statistics(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Images (..., C, H, W) on the 0..255 scale with that mean and deviation (..., C) in every channel.
+
+    Equation 1; a channel without contrast is left without.
+    """
+    spread, centre = torch.std_mean(images, (-2, -1), correction=0, keepdim=True)
+    standard = (images - centre) / (spread + 1e-5)
+    return standard * deviation[..., None, None] + mean[..., None, None]
+
+
+def regional_convolution(features: Tensor, kernels: Tensor) -> Tensor:
+    """Each region of a map by its own kernels, zero-padded at the region's edges.
+
+    ``features`` (A, n, C, H, W), ``kernels`` (A, z, z, C, C, m, m); same shape out as in (equations 2 and
+    3). Where z does not divide a side, the last regions are smaller.
+    """
+    pairs, count, channels, height, width = features.shape
+    z, m = kernels.shape[1], kernels.shape[-1]
+    bottom, right = -height % z, -width % z
+    padded = F.pad(features, (0, right, 0, bottom)) if bottom or right else features
+    tall, wide = padded.shape[3] // z, padded.shape[4] // z
+    cut = padded.view(pairs, count, channels, z, tall, z, wide).permute(0, 3, 5, 2, 1, 4, 6)
+    cut = F.pad(cut.reshape(pairs * z * z, channels, count, tall, wide), (m // 2,) * 4)
+    # One matrix product a pair and region: grouped convolutions of so small maps are several times slower.
+    shifted = [cut[..., row : row + tall, column : column + wide] for row in range(m) for column in range(m)]
+    columns = torch.stack(shifted, 2).view(pairs * z * z, channels * m * m, count * tall * wide)
+    changed = kernels.reshape(pairs * z * z, channels, channels * m * m) @ columns
+    stitched = changed.view(pairs, z, z, channels, count, tall, wide).permute(0, 4, 3, 1, 5, 2, 6)
+    return stitched.reshape(pairs, count, channels, z * tall, z * wide)[..., :height, :width]
