@@ -7,13 +7,18 @@ enlarges it with the very images that such a search generates.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from untrojan.inversion.engine import Adam, Problem, Stepper
+from untrojan.inversion.engine import Adam, ImageProblem, Problem, Stepper
 from untrojan.inversion.filters import FilterMatrix
 from untrojan.inversion.masked import MaskedPattern
+
+if TYPE_CHECKING:
+    from untrojan.inversion.feature_space import FeatureSpacePattern
+    from untrojan.models.decoders import Decoder
+    from untrojan.models.encoders import Encoder
 
 
 class Generator(Protocol):
@@ -66,3 +71,27 @@ class FilterGenerator:
 
     def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:
         return 255**2 * (problem.embed(parameters, images) - images).square().flatten(2).mean(2)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureGenerator:
+    """DECK's transformation of an encoder's features; the distance is their mean squared change, in squared
+    pixel levels (section III)."""
+
+    encoder: Encoder
+    decoder: Decoder
+    regions: int = 4
+    kernel: int = 3
+    stepper: Stepper = field(default_factory=lambda: Adam(1e-3, (0.5, 0.9)))
+    cost: float = 1e-2
+
+    def problem(self, seed: int) -> FeatureSpacePattern:
+        from untrojan.inversion.feature_space import FeatureSpacePattern
+
+        return FeatureSpacePattern(
+            self.encoder, self.decoder, regions=self.regions, kernel=self.kernel, seed=seed
+        )
+
+    def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:
+        assert isinstance(problem, ImageProblem)
+        return problem.measure(parameters, images, problem.embed(parameters, images))[1]

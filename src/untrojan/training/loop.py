@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +31,6 @@ AugmentedTransform = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[T
 must not be cropped or mirrored, say."""
 
 CHECKPOINT_SECONDS = 30.0
-
-
-class ExtraState(Protocol):
-    """What a method's hooks keep from one step to the next, for the checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, text, and lists and dictionaries of them."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,6 @@ def train(
     method: str = "",
     freeze_statistics: bool = False,
     after_epoch: Callable[[int, Epoch], None] | None = None,
-    extra_state: ExtraState | None = None,
 ) -> TrainingHistory:
     """Train ``model`` in place and leave it in evaluation mode.
 
@@ -88,8 +77,7 @@ def train(
     have taken: the same seed on the same number of threads gives the same weights bit for bit. ``method``
     is whatever else decides the weights, such as what ``loss`` is and its settings, as text: the checkpoint
     of another method is another run's. With ``freeze_statistics`` batch norm normalises by its running
-    statistics and leaves them as they are. ``extra_state`` is what the hooks remember, saved and restored
-    with the checkpoint.
+    statistics and leaves them as they are.
 
     Raises UntrojanError where the loss stops being a number, the checkpoint belongs to another run, or
     the model has not as many outputs as the data have classes.
@@ -109,7 +97,6 @@ def train(
         batch_transform,
         augmented_transform,
         method,
-        extra_state,
     )
     run.restore(checkpoint)
     with (
@@ -183,12 +170,10 @@ class _Run:
         batch_transform: BatchTransform | None,
         augmented_transform: AugmentedTransform | None,
         method: str,
-        extra_state: ExtraState | None,
     ) -> None:
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         self.loss, self.batch_transform = loss, batch_transform
         self.augmented_transform, self.method = augmented_transform, method
-        self.extra_state = extra_state
         self.images, self.labels = data.images.to(model.device), data.labels.to(model.device)
         # A last batch of one image has no variance for batch norm to divide by.
         self.steps_an_epoch = -(-len(data) // recipe.batch_size)
@@ -281,8 +266,6 @@ class _Run:
             "history": self.history.to_json(),
             "sums": [self.loss_sum, self.hits, self.counted],
         }
-        if self.extra_state is not None:
-            state["extra"] = self.extra_state.state_dict()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         torch.save(state, partial)
@@ -305,8 +288,6 @@ class _Run:
         self.random_state = state["random_state"].cpu()
         self._begin_epoch()
         self.loss_sum, self.hits, self.counted = state["sums"]
-        if self.extra_state is not None:
-            self.extra_state.load_state_dict(state["extra"])
 
 
 def _optimizer(model: Classifier, recipe: Recipe) -> torch.optim.Optimizer:

@@ -40,6 +40,8 @@ Perturb = Callable[[Classifier, Tensor, Tensor], Tensor]
 
 FEWEST_IMAGES = 5
 """Of each class: fewer make a trigger that fits them alone."""
+STORED_NUMBERS = 1 << 26
+"""Of remembered triggers at most, a quarter of a gigabyte: DECK's have half a million each."""
 RAMP = 1000
 """Steps after which distances outweigh gains fully in the choice of pairs: a = min(.1 step / 100, 1)."""
 
@@ -99,7 +101,13 @@ class PairStates:
         for place, (source, target) in enumerate(self.pairs):
             pair, size = (source, target), self.latest[place]
             if self.solved[place] and size >= self.stored_sizes.get(pair, 0.0):
+                # The latest last, so that the first is the one that was left longest.
+                self.stored.pop(pair, None)
                 self.stored[pair], self.stored_sizes[pair] = parameters[place].clone(), size
+        most = max(len(self.pairs), STORED_NUMBERS // max(1, self.universal[0].numel()))
+        while len(self.stored) > most:
+            forgotten = next(iter(self.stored))
+            del self.stored[forgotten], self.stored_sizes[forgotten]
 
     def close_period(self) -> None:
         """D becomes the mean of itself and the size's relative change, where the last search succeeded."""
@@ -160,7 +168,7 @@ class Hardening:
     inversion on, which leaves its model in evaluation mode; its authors' Keras code does not."""
     seed: int = 0
 
-    def generator(self, clean: ImageSet, checkpoint: Path | None) -> Generator:
+    def generator(self, model: Classifier, clean: ImageSet) -> Generator:
         """What makes one class look like another."""
         raise NotImplementedError
 
@@ -178,7 +186,7 @@ class Hardening:
         images', or where training diverges.
         """
         self._check(model, clean)
-        generator = self.generator(clean, checkpoint)
+        generator = self.generator(model, clean)
         states = self._warm_up(model, clean, generator, checkpoint)
         repaired = copy.deepcopy(model)
         run = _Hardener(self, repaired, clean, generator, states, perturb)

@@ -19,4 +19,7 @@ class Repair(Protocol):
     ) -> RepairReport: ...
 
 
-REPAIRS: Registry[Repair] = Registry("repair", {"moth": "untrojan.defenses.repair.moth:MOTH"})
+REPAIRS: Registry[Repair] = Registry(
+    "repair",
+    {"moth": "untrojan.defenses.repair.moth:MOTH", "deck": "untrojan.defenses.repair.deck:DECK"},
+)

@@ -20,15 +20,17 @@ from untrojan.data.image_set import ImageSet
 from untrojan.data.sampling import some_of_each
 from untrojan.defenses.outliers import anomaly_indices
 from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
-from untrojan.inversion.engine import Inversion, Schedule, Shrink, all_pairs, invert
+from untrojan.inversion.engine import Inversion, Problem, Schedule, Shrink, all_pairs, invert
 from untrojan.inversion.filters import second_moments
-from untrojan.inversion.generators import FilterGenerator, Generator, MaskGenerator
+from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, Generator, MaskGenerator
 from untrojan.inversion.masked import MaskedPattern
 from untrojan.metrics.class_distance import measured
 from untrojan.models.classifier import Classifier, predictions_of, to_float
 from untrojan.models.frozen import frozen
 from untrojan.seeding import generator as random_stream
 
+MOST_NUMBERS = 1 << 25
+"""Parameters searched for at a time, an eighth of a gigabyte: DECK's are half a million a pair."""
 FEWEST_PAIRS = 6
 """Fewer measured pairs have no median to stand out from."""
 
@@ -43,8 +45,8 @@ class Distances:
     """float (K, K): the share of the source's images that flip, the best trial's; NaN where not tried."""
     pairs: Tensor
     """int64 (P, 2): those tried."""
-    parameters: Tensor
-    """float (P, ...): the nearest trial's transformation."""
+    parameters: Tensor | None
+    """float (P, ...): the nearest trial's transformation; None where all would be too large to keep."""
 
 
 def schedule_of(
@@ -91,20 +93,26 @@ def class_distances(
     pairs = all_pairs(data.num_classes) if pairs is None else pairs
     best = torch.full((len(pairs),), float("inf"))
     flips = torch.zeros(len(pairs))
-    parameters = torch.empty(0)
+    one = generator.problem(seed).initial(pairs[:1], data.image_shape)[0]
+    numbers = one.numel()
+    parameters = torch.zeros(len(pairs), *one.shape) if len(pairs) * numbers <= MOST_NUMBERS else None
+    group = max(1, MOST_NUMBERS // numbers)
     for trial in range(trials):
         sample = some_of_each(data, images, seed, trial)
         problem = generator.problem(seed + trial)
-        place = None if checkpoint is None else checkpoint.with_name(f"{trial}-{checkpoint.name}")
-        found = invert(
-            model, sample, pairs, problem, schedule, seed=seed + trial, checkpoint=place,
-            description=f"class distances, trial {trial + 1} of {trials}",
-        )  # fmt: skip
-        distances = _movement(model, sample, generator, seed + trial, found)
-        nearer = found.solved & (distances < best)
-        parameters = found.parameters.clone() if trial == 0 else parameters
-        parameters[nearer], best[nearer] = found.parameters[nearer], distances[nearer]
-        flips = torch.maximum(flips, found.flip_fraction)
+        for number, places in enumerate(torch.arange(len(pairs)).split(group)):
+            name = f"{trial}-{number}-{checkpoint.name}" if checkpoint else ""
+            found = invert(
+                model, sample, pairs[places], problem, schedule, seed=seed + trial,
+                checkpoint=checkpoint.with_name(name) if checkpoint else None,
+                description=f"class distances, trial {trial + 1} of {trials}",
+            )  # fmt: skip
+            distances = _movement(model, sample, generator, problem, found)
+            nearer = found.solved & (distances < best[places])
+            best[places[nearer]] = distances[nearer]
+            flips[places] = torch.maximum(flips[places], found.flip_fraction)
+            if parameters is not None:
+                parameters[places[nearer]] = found.parameters[nearer]
     matrix = torch.full((data.num_classes, data.num_classes), float("nan"))
     shares = matrix.clone()
     matrix[pairs[:, 0], pairs[:, 1]] = torch.where(best.isfinite(), best, torch.nan)
@@ -114,10 +122,10 @@ def class_distances(
 
 @torch.no_grad()
 def _movement(
-    model: Classifier, sample: ImageSet, generator: Generator, seed: int, found: Inversion
+    model: Classifier, sample: ImageSet, generator: Generator, problem: Problem, found: Inversion
 ) -> Tensor:
     """Mean movement (P,) of each pair's flipped images; infinite where none flips."""
-    asked, problem = frozen(model), generator.problem(seed)
+    asked = frozen(model)
     means = torch.full((len(found.pairs),), float("inf"))
     for place in found.solved.nonzero().flatten().tolist():
         source, target = found.pairs[place].tolist()
@@ -171,8 +179,9 @@ def median_polish(values: Tensor, rounds: int = 10) -> Tensor:
 class ClassDistance:
     """Measure all class distances, and suspect a class or a pair that is exceptionally near."""
 
-    measure: Literal["mask", "filter"] = "mask"
-    """``mask``: MOTH's, the pixels of a patch. ``filter``: the grey levels that ABS's filter changes."""
+    measure: Literal["mask", "filter", "feature"] = "mask"
+    """``mask``: MOTH's, the pixels of a patch. ``filter``: the grey levels that ABS's filter changes.
+    ``feature``: DECK's, the change of an encoder's features."""
     schedule: Literal["fast", "paper"] = "fast"
     images: Annotated[int, Ge(1)] = 100
     """Of each class."""
@@ -183,6 +192,8 @@ class ClassDistance:
     """So many random pairs instead of all, where K(K-1) are too many; DECK takes 20 for TrojAI's models."""
     error: Annotated[float, Interval(gt=0, lt=1)] = 0.05
     """How often one of all classes, or of all pairs, may stand out by chance."""
+    encoder: str = "local"
+    """For ``feature``: a name of :func:`untrojan.models.encoders.load_encoder`."""
     seed: int = 0
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> ScanReport:
@@ -192,7 +203,7 @@ class ClassDistance:
         not tried or never flipped; ``evidence["failed_pairs"]`` and ``evidence["suspicious_pairs"]`` are
         lists of (source, target). Raises UntrojanError where the model's classes are not the images'.
         """
-        generator = self.generator(clean)
+        generator = self.generator(model, clean)
         schedule = schedule_of(generator, self.steps, self.flip_fraction, self.schedule == "paper")
         found = class_distances(
             model, clean, generator, schedule, pairs=self.chosen_pairs(clean.num_classes),
@@ -200,11 +211,17 @@ class ClassDistance:
         )  # fmt: skip
         return self.judge(found, model, clean)
 
-    def generator(self, clean: ImageSet) -> Generator:
+    def generator(self, model: Classifier, clean: ImageSet) -> Generator:
         """What the distances are measured with."""
         if self.measure == "filter":
             sample = some_of_each(clean, self.images, self.seed, "moments")
             return FilterGenerator(second_moments(sample.images.float() / 255))
+        if self.measure == "feature":
+            from untrojan.models.decoders import prepare_decoder
+
+            return FeatureGenerator(
+                *prepare_decoder(self.encoder, clean, seed=self.seed, device=str(model.device))
+            )
         return MaskGenerator()
 
     def chosen_pairs(self, num_classes: int) -> Tensor:
@@ -251,7 +268,7 @@ class ClassDistance:
 
     def _triggers(self, found: Distances) -> dict[int, InvertedTrigger]:
         """The smallest mask into each class."""
-        if self.measure != "mask":
+        if self.measure != "mask" or found.parameters is None:
             return {}
         masks, patterns = MaskedPattern().trigger(found.parameters)
         sizes = found.matrix[found.pairs[:, 0], found.pairs[:, 1]]
@@ -278,7 +295,7 @@ class ClassDistance:
         self, matrix: Tensor, suspects: list[int], near: list[list[int]], clean: ImageSet
     ) -> str:  # fmt: skip
         finite = matrix[measured(matrix)]
-        middle, unit = float(finite.median()), "pixels" if self.measure == "mask" else "squared grey levels"
+        middle, unit = float(finite.median()), "pixels" if self.measure == "mask" else "squared levels"
         if suspects:
             column = matrix[:, suspects[0]]
             typical = float(column[column.isfinite()].median())
