@@ -23,10 +23,11 @@ def train(
     out: options.Out,
     net: options.Net = "patch-cnn",
     defense: Annotated[
-        Literal["plain", "none", "abl"],
+        Literal["plain", "none", "abl", "pgd", "uap"],
         typer.Option(
             help="plain; none (NONE): find the neurons a backdoor needs, reset them, train on; abl: unlearn "
-            "the images that are learned first."
+            "the images that are learned first; pgd, uap: adversarial training, with a perturbation "
+            "for each image or one for all."
         ),
     ] = "plain",
     defense_option: Annotated[
@@ -121,7 +122,9 @@ def _defense(name: str, given: list[str] | None, seed: int) -> TrainingDefense |
     settings = inputs.key_values(given, "--defense-option")
     if name == "plain":
         if settings:
-            raise UntrojanError("--defense-option needs a defence: add --defense none or abl, or drop it")
+            raise UntrojanError(
+                "--defense-option needs a defence: add --defense none, abl, pgd or uap, or drop it"
+            )
         return None
     return TRAINING_DEFENSES.build(name, {"seed": seed, **settings})
 

@@ -1,4 +1,4 @@
-"""A copy of a classifier that is only asked for logits and for gradients to its input."""
+"""Copies of a classifier: one only asked for logits and gradients to its input, one to train further."""
 
 from __future__ import annotations
 
@@ -16,17 +16,30 @@ def frozen(model: Classifier) -> Classifier:
     The copy computes the same function to rounding, a sixth to a half faster. Networks that cannot be traced
     (a forward that branches on its input) are copied as they are.
     """
-    for module in model.network.modules():
-        for name, value in vars(module).items():
-            # What a hook computes anew at each call, as weight_norm does, cannot be copied with its history.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                setattr(module, name, value.detach())
+    _forget_histories(model)
     network = copy.deepcopy(model.network).eval().requires_grad_(False)
     copied = Classifier(
         _folded(network), model.num_classes, model.mean.flatten(), model.std.flatten(),
         model.architecture, model.precision, model.image_shape,
     ).to(model.device)  # fmt: skip
     return copied.eval().requires_grad_(False)
+
+
+def trainable(model: Classifier) -> Classifier:
+    """A copy of ``model`` to train further. Where every weight is frozen, those of the copy are not."""
+    _forget_histories(model)
+    copied = copy.deepcopy(model)
+    if not any(parameter.requires_grad for parameter in copied.parameters()):
+        copied.requires_grad_(True)
+    return copied
+
+
+def _forget_histories(model: Classifier) -> None:
+    """What a hook computes anew at each call, as weight_norm does, cannot be copied with its history."""
+    for module in model.network.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
 
 
 def _folded(network: nn.Module) -> nn.Module:

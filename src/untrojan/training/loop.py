@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ BatchTransform = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tenso
 AugmentedTransform = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(float images, labels, row numbers, generator) -> images and labels, after augmentation: a trigger that
 must not be cropped or mirrored, say."""
+AfterStep = Callable[[Classifier], None]
+"""Called after each of the optimiser's steps: to keep weights in their range, say."""
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -69,6 +71,8 @@ def train(
     method: str = "",
     freeze_statistics: bool = False,
     after_epoch: Callable[[int, Epoch], None] | None = None,
+    after_step: AfterStep | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> TrainingHistory:
     """Train ``model`` in place and leave it in evaluation mode.
 
@@ -77,7 +81,8 @@ def train(
     have taken: the same seed on the same number of threads gives the same weights bit for bit. ``method``
     is whatever else decides the weights, such as what ``loss`` is and its settings, as text: the checkpoint
     of another method is another run's. With ``freeze_statistics`` batch norm normalises by its running
-    statistics and leaves them as they are.
+    statistics and leaves them as they are. ``state`` holds the tensors, by name, that hooks change in place
+    from step to step: they are saved with a checkpoint, and filled from it.
 
     Raises UntrojanError where the loss stops being a number, the checkpoint belongs to another run, or
     the model has not as many outputs as the data have classes.
@@ -97,6 +102,8 @@ def train(
         batch_transform,
         augmented_transform,
         method,
+        after_step,
+        state or {},
     )
     run.restore(checkpoint)
     with (
@@ -170,10 +177,13 @@ class _Run:
         batch_transform: BatchTransform | None,
         augmented_transform: AugmentedTransform | None,
         method: str,
+        after_step: AfterStep | None,
+        state: Mapping[str, Tensor],
     ) -> None:
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         self.loss, self.batch_transform = loss, batch_transform
         self.augmented_transform, self.method = augmented_transform, method
+        self.after_step, self.state = after_step, state
         self.images, self.labels = data.images.to(model.device), data.labels.to(model.device)
         # A last batch of one image has no variance for batch norm to divide by.
         self.steps_an_epoch = -(-len(data) // recipe.batch_size)
@@ -224,6 +234,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         self.optimizer.step()
+        if self.after_step is not None:
+            self.after_step(self.model)
         self.schedule.step()
         self.step += 1
         self._note(float(value.detach()), logits.detach(), labels)
@@ -265,6 +277,7 @@ class _Run:
             "random_state": torch.get_rng_state(),
             "history": self.history.to_json(),
             "sums": [self.loss_sum, self.hits, self.counted],
+            "state": {name: value.detach() for name, value in self.state.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -283,6 +296,9 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        with torch.no_grad():
+            for name, value in self.state.items():
+                value.copy_(state["state"][name])
         self.step = state["step"]
         self.history = TrainingHistory([Epoch(**epoch) for epoch in state["history"]])
         self.random_state = state["random_state"].cpu()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.hardening import Hardening
@@ -24,6 +24,8 @@ class DECK(Hardening):
     or no good enough decoder for it can be trained on the clean images.
     """
 
+    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    """Not stated in the paper; a tenth, as in MOTH, is a single image of a class in each step."""
     encoder: str = "local"
     """A name of :func:`untrojan.models.encoders.load_encoder`. ``vgg`` is the paper's; ``local`` needs
     nothing but the clean images."""

@@ -11,12 +11,9 @@ pair's images in the batch, labels kept. Triggers set out from those found for t
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +22,17 @@ from torch import Tensor
 
 from untrojan.data.image_set import ImageSet, concatenate, numbered
 from untrojan.data.sampling import some_of_each
+from untrojan.defenses.repair.clean_data import epochs_for, weights_fingerprint
 from untrojan.defenses.repair.report import RepairReport
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import ANY, Inversion, Schedule, Shrink, invert
 from untrojan.inversion.generators import Generator
 from untrojan.models.classifier import Classifier, to_float
-from untrojan.models.frozen import frozen
+from untrojan.models.frozen import frozen, trainable
+from untrojan.training.adversarial import PGD
 from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
 from untrojan.triggers.base import to_bytes
-
-Perturb = Callable[[Classifier, Tensor, Tensor], Tensor]
-"""(model, float images, labels) -> images: what an adversarially trained model is to go on seeing."""
 
 FEWEST_IMAGES = 5
 """Of each class: fewer make a trigger that fits them alone."""
@@ -75,66 +71,90 @@ def choose_pairs(promised: Tensor, count: int, explore: float, random: torch.Gen
 
 
 class PairStates:
-    """What hardening remembers of every ordered pair: all that a checkpoint has to hold."""
+    """What hardening remembers of every ordered pair.
 
-    def __init__(self, gains: Tensor, sizes: Tensor, universal: Tensor) -> None:
-        """``gains`` is U, ``sizes`` the universal triggers', both (K, K), ``universal`` their parameters."""
-        self.gains, self.sizes, self.universal = gains, sizes.clone(), universal
+    Each tensor is changed in place: the training loop saves them with its checkpoint.
+    """
+
+    def __init__(
+        self, gains: Tensor, sizes: Tensor, universal: Tensor, pairs_at_once: int, periods: int
+    ) -> None:
+        """``gains`` is U, ``sizes`` the universal triggers', both (K, K), ``universal`` their parameters
+        (K, ...); so many disjoint pairs are hardened in each of at most so many periods."""
+        classes, hand = len(gains), 2 * min(pairs_at_once, len(gains) // 2)
+        self.gains, self.universal, self.sizes = gains, universal, sizes.clone()
         self.distances = sizes / sizes.max().clamp_min(1e-12)
-        self.stored: dict[tuple[int, int], Tensor] = {}
-        self.stored_sizes: dict[tuple[int, int], float] = {}
-        self.step, self.left = 0, 0
-        self.pairs: list[list[int]] = []
-        """Ordered pairs in hand: (s, t), (t, s), and so on."""
-        self.solved: list[bool] = []
-        self.latest: list[float] = []
-        self.visits: list[dict[str, Any]] = []
+        self.step, self.left = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        self.pairs = torch.zeros(hand, 2, dtype=torch.int64)
+        """The ordered pairs in hand: (s, t), (t, s), and so on."""
+        self.solved, self.latest = torch.zeros(hand, dtype=torch.bool), torch.zeros(hand)
+        slots = min(
+            classes * (classes - 1), hand * periods, max(hand, STORED_NUMBERS // universal[0].numel())
+        )
+        self.slot = torch.full((classes, classes), -1)
+        """Where a pair's trigger is stored; -1 where none is."""
+        self.stored = torch.zeros(slots, *universal.shape[1:])
+        self.stored_sizes = torch.zeros(slots)
+        self.stored_count = torch.zeros((), dtype=torch.int64)
+        self.visits = torch.full((hand * periods, 5), float("nan"), dtype=torch.float64)
+        """Source, target, step, size before and after; NaN after where the last search failed."""
+        self.visited = torch.zeros((), dtype=torch.int64)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("gains", "universal")}
+
+    def begin_period(self, chosen: list[list[int]], steps: int) -> None:
+        """Take up disjoint pairs, both ways of each."""
+        ways = [way for source, target in chosen for way in ([source, target], [target, source])]
+        self.pairs.copy_(torch.tensor(ways))
+        self.solved.fill_(False)
+        self.left.fill_(steps)
 
     def start(self) -> Tensor:
         """Parameters (A, ...) for the pairs in hand to set out from."""
-        known = [self.stored.get((s, t), self.universal[t]) for s, t in self.pairs]
-        return torch.stack(known)
+        slots = self.slot[self.pairs[:, 0], self.pairs[:, 1]]
+        own = self.stored[slots.clamp_min(0)]
+        known = (slots >= 0).view(-1, *[1] * (own.ndim - 1))
+        return torch.where(known, own, self.universal[self.pairs[:, 1]])
 
     def keep(self, parameters: Tensor, sizes: Tensor, solved: Tensor) -> None:
-        """Remember what was found for the pairs in hand, of two triggers of a pair the larger."""
-        self.solved, self.latest = solved.tolist(), sizes.tolist()
-        for place, (source, target) in enumerate(self.pairs):
-            pair, size = (source, target), self.latest[place]
-            if self.solved[place] and size >= self.stored_sizes.get(pair, 0.0):
-                # The latest last, so that the first is the one that was left longest.
-                self.stored.pop(pair, None)
-                self.stored[pair], self.stored_sizes[pair] = parameters[place].clone(), size
-        most = max(len(self.pairs), STORED_NUMBERS // max(1, self.universal[0].numel()))
-        while len(self.stored) > most:
-            forgotten = next(iter(self.stored))
-            del self.stored[forgotten], self.stored_sizes[forgotten]
+        """Remember what a step found for the pairs in hand; of two triggers of a pair the larger."""
+        self.solved.copy_(solved)
+        self.latest.copy_(sizes)
+        for place in solved.nonzero().flatten().tolist():
+            source, target = self.pairs[place].tolist()
+            slot = int(self.slot[source, target])
+            if slot < 0:
+                # Where all are taken, the one that was taken first gives way.
+                slot = int(self.stored_count) % len(self.stored)
+                self.slot[self.slot == slot] = -1
+                self.slot[source, target] = slot
+                self.stored_sizes[slot] = 0
+                self.stored_count += 1
+            if sizes[place] >= self.stored_sizes[slot]:
+                self.stored[slot], self.stored_sizes[slot] = parameters[place], sizes[place]
 
     def close_period(self) -> None:
         """D becomes the mean of itself and the size's relative change, where the last search succeeded."""
-        for (source, target), solved, size in zip(self.pairs, self.solved, self.latest, strict=True):
-            before = float(self.sizes[source, target])
-            self.visits.append(
-                {"source": source, "target": target, "step": self.step, "before": before,
-                 "after": size if solved else None}
-            )  # fmt: skip
-            if solved:
-                change = (size - before) / max(before, 1e-12)
-                self.distances[source, target] = (self.distances[source, target] + change) / 2
-                self.sizes[source, target] = size
-        self.pairs, self.solved, self.latest = [], [], []
+        source, target = self.pairs.unbind(1)
+        before = self.sizes[source, target]
+        after = torch.where(self.solved, self.latest, before)
+        halfway = (self.distances[source, target] + (after - before) / before.clamp_min(1e-12)) / 2
+        self.distances[source, target] = torch.where(self.solved, halfway, self.distances[source, target])
+        self.sizes[source, target] = after
+        seen = [source, target, self.step.expand(len(source)), before, after.where(self.solved, torch.nan)]
+        first = int(self.visited)
+        self.visits[first : first + len(source)] = torch.stack([each.double() for each in seen], 1)
+        self.visited += len(source)
 
-    def state_dict(self) -> dict[str, Any]:
-        state = dict(vars(self))
-        for name in ("stored", "stored_sizes"):
-            state[name] = [[*pair, value] for pair, value in state[name].items()]
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.cpu() if isinstance(value, Tensor) else value)
-        for name in ("stored", "stored_sizes"):
-            entries = state[name]
-            setattr(self, name, {(s, t): v.cpu() if isinstance(v, Tensor) else v for s, t, v in entries})
+    def history(self) -> list[dict[str, float | None]]:
+        """One entry for each period and way."""
+        return [
+            {"source": int(source), "target": int(target), "step": int(step), "before": before,
+             "after": None if after != after else after}
+            for source, target, step, before, after in self.visits[: int(self.visited)].tolist()
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,9 +171,9 @@ class Hardening:
     have more pairs than there are steps."""
     explore: Annotated[float, Interval(ge=0, le=1)] = 0.3
     """How often a pair is drawn at random."""
-    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """Share of the smaller class's images in the batch, but at least one image, that get a trigger either
-    way. The released code takes 0.1 of the whole training set's batches."""
+    way: distance is bought with accuracy."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -166,45 +186,43 @@ class Hardening:
     freeze_statistics: bool = False
     """Leave batch norm's running statistics as they are. The released PyTorch code does from the first
     inversion on, which leaves its model in evaluation mode; its authors' Keras code does not."""
+    adversarial: PGD | None = None
+    """For adversarially trained models, or hardening would unlearn their robustness: batches are perturbed
+    before triggers are found for them and stamped. The released code's for CIFAR-10 is 7 steps of 2/255
+    within 8/255, for SVHN and GTSRB 8 of 0.005 within 0.03, for LISA 8 of 0.02 within 0.1."""
     seed: int = 0
 
     def generator(self, model: Classifier, clean: ImageSet) -> Generator:
         """What makes one class look like another."""
         raise NotImplementedError
 
-    def __call__(
-        self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None,
-        perturb: Perturb | None = None,
-    ) -> RepairReport:  # fmt: skip
+    def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
         """Harden a copy of ``model`` with ``clean``, images known to be rightly labelled.
 
-        ``perturb`` is for models trained adversarially: batches pass through it before triggers are found and
-        stamped, or hardening would unlearn their robustness. The history holds "epochs", and "visits": for
-        each period and way the trigger's size before and after, None where the last search failed.
-
-        Raises UntrojanError for fewer than five images of a class, where the model's classes are not the
-        images', or where training diverges.
+        The history holds "epochs", and "visits": for each period and way the trigger's size before and after,
+        None where the last search failed. Raises UntrojanError for fewer than five images of a class, where
+        the model's classes are not the images', or where training diverges.
         """
         self._check(model, clean)
         generator = self.generator(model, clean)
-        states = self._warm_up(model, clean, generator, checkpoint)
-        repaired = copy.deepcopy(model)
-        run = _Hardener(self, repaired, clean, generator, states, perturb)
-        steps_an_epoch = max(1, -(-len(clean) // self.batch_size) - (len(clean) % self.batch_size == 1))
-        wanted = clean.num_classes + self.steps
+        epochs = epochs_for(clean.num_classes + self.steps, len(clean), self.batch_size)
         recipe = Recipe(
-            epochs=-(-wanted // steps_an_epoch), batch_size=self.batch_size, optimizer="sgd",
-            learning_rate=self.learning_rate, weight_decay=self.weight_decay, schedule="constant",
-            crop_padding=self.crop_padding, flip=self.flip, precision=model.precision,
+            epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay, schedule="constant", crop_padding=self.crop_padding,
+            flip=self.flip, precision=model.precision,
         )  # fmt: skip
+        most_steps = epochs * -(-len(clean) // self.batch_size) - clean.num_classes
+        states = self._warm_up(model, clean, generator, -(-most_steps // self.period), checkpoint)
+        repaired = trainable(model)
         history = train(
             repaired, clean, recipe, seed=self.seed, checkpoint=checkpoint, description="hardening",
-            augmented_transform=run, freeze_statistics=self.freeze_statistics, extra_state=states,
-            method=f"{self} {perturb is not None} {_fingerprint(model)}",
+            augmented_transform=_Hardener(self, repaired, clean, generator, states),
+            freeze_statistics=self.freeze_statistics, state=states.tensors(),
+            method=f"{self} {weights_fingerprint(model)}",
         )  # fmt: skip
-        if states.pairs and states.solved:
+        if int(states.step) > clean.num_classes:
             states.close_period()
-        return RepairReport(repaired, {"epochs": history.to_json(), "visits": states.visits})
+        return RepairReport(repaired, {"epochs": history.to_json(), "visits": states.history()})
 
     def schedules(self, generator: Generator) -> tuple[Schedule, Schedule, Schedule]:
         """Of the warm-up, of a pair's first step and of its later ones.
@@ -243,7 +261,7 @@ class Hardening:
             )
 
     def _warm_up(
-        self, model: Classifier, clean: ImageSet, generator: Generator, checkpoint: Path | None
+        self, model: Classifier, clean: ImageSet, generator: Generator, periods: int, checkpoint: Path | None
     ) -> PairStates:
         """Universal triggers for all classes at once, on ten images of each."""
         problem = generator.problem(self.seed)
@@ -257,7 +275,7 @@ class Hardening:
             description="inverting universal triggers",
         )  # fmt: skip
         gains, sizes = universal_effects(model, sample, generator, self.seed, found)
-        return PairStates(gains, sizes, found.parameters)
+        return PairStates(gains, sizes, found.parameters, self.pairs_at_once, periods)
 
 
 @torch.no_grad()
@@ -297,20 +315,20 @@ class _Hardener:
         clean: ImageSet,
         generator: Generator,
         states: PairStates,
-        perturb: Perturb | None,
     ) -> None:
         self.settings, self.model, self.clean = settings, model, clean
         self.generator, self.problem = generator, generator.problem(settings.seed)
-        self.states, self.perturb = states, perturb
+        self.states = states
         _, self.first, self.later = settings.schedules(generator)
 
     def __call__(
         self, images: Tensor, labels: Tensor, rows: Tensor, random: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        if self.perturb is not None:
-            images = self.perturb(self.model, images, labels)
-        if self.states.step < self.clean.num_classes:
-            stamped = self._stamp_universal(images, labels, self.states.step, random)
+        step = int(self.states.step)
+        if self.settings.adversarial is not None:
+            images = self.settings.adversarial(frozen(self.model), images, labels, random)
+        if step < self.clean.num_classes:
+            stamped = self._stamp_universal(images, labels, step, random)
         else:
             stamped = self._stamp_pairs(images, labels, random)
         self.states.step += 1
@@ -326,36 +344,32 @@ class _Hardener:
 
     def _stamp_pairs(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
         states = self.states
-        begins = states.left == 0
+        begins = int(states.left) == 0
         if begins:
             self._choose(random)
         # A way that failed has to be looked for again from afar.
-        schedule = self.first if begins or not all(states.solved) else self.later
-        pairs = torch.tensor(states.pairs)
-        data = self._images_of(pairs, images, labels, random)
+        schedule = self.first if begins or not bool(states.solved.all()) else self.later
+        data = self._images_of(states.pairs, images, labels, random)
         found = invert(
-            self.model, data, pairs, self.problem, schedule, seed=self.settings.seed + states.step,
-            start=states.start(), description="inverting pairs",
+            self.model, data, states.pairs.clone(), self.problem, schedule,
+            seed=self.settings.seed + int(states.step), start=states.start(), description="inverting pairs",
         )  # fmt: skip
         states.keep(found.parameters, self._sizes(data, found), found.solved)
         states.left -= 1
-        for (source, target), parameters, solved in zip(
-            states.pairs, found.parameters, found.solved.tolist(), strict=True
-        ):
-            if solved:
-                images = self._embedded(images, self._some(labels, source, target, random), parameters)
+        for place in found.solved.nonzero().flatten().tolist():
+            source, target = states.pairs[place].tolist()
+            rows = self._some(labels, source, target, random)
+            images = self._embedded(images, rows, found.parameters[place])
         return images
 
     def _choose(self, random: torch.Generator) -> None:
         states, settings = self.states, self.settings
-        if states.pairs:
+        main_steps = int(states.step) - self.clean.num_classes
+        if main_steps:
             states.close_period()
-        weight = min((states.step - self.clean.num_classes) / RAMP, 1.0)
-        promised = promise(states.gains, states.distances, weight)
+        promised = promise(states.gains, states.distances, min(main_steps / RAMP, 1.0))
         chosen = choose_pairs(promised, settings.pairs_at_once, settings.explore, random)
-        states.pairs = [way for source, target in chosen for way in ([source, target], [target, source])]
-        states.solved = [False] * len(states.pairs)
-        states.left = settings.period
+        states.begin_period(chosen, settings.period)
 
     def _images_of(
         self, pairs: Tensor, images: Tensor, labels: Tensor, random: torch.Generator
@@ -403,11 +417,3 @@ class _Hardener:
 
 def _as_set(images: Tensor, labels: Tensor, like: ImageSet) -> ImageSet:
     return ImageSet(images, labels, like.class_names, numbered(len(labels)))
-
-
-def _fingerprint(model: Classifier) -> str:
-    """Of the weights: a checkpoint goes on from the same model alone."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

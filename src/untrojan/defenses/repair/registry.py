@@ -21,5 +21,12 @@ class Repair(Protocol):
 
 REPAIRS: Registry[Repair] = Registry(
     "repair",
-    {"moth": "untrojan.defenses.repair.moth:MOTH", "deck": "untrojan.defenses.repair.deck:DECK"},
+    {
+        "anp": "untrojan.defenses.repair.anp:ANP",
+        "clp": "untrojan.defenses.repair.clp:CLP",
+        "deck": "untrojan.defenses.repair.deck:DECK",
+        "ft-sam": "untrojan.defenses.repair.ft_sam:FTSAM",
+        "i-bau": "untrojan.defenses.repair.ibau:IBAU",
+        "moth": "untrojan.defenses.repair.moth:MOTH",
+    },
 )

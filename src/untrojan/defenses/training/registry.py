@@ -22,5 +22,10 @@ class TrainingDefense(Protocol):
 
 TRAINING_DEFENSES: Registry[TrainingDefense] = Registry(
     "training defence",
-    {"none": "untrojan.defenses.training.none:NONE", "abl": "untrojan.defenses.training.abl:ABL"},
+    {
+        "none": "untrojan.defenses.training.none:NONE",
+        "abl": "untrojan.defenses.training.abl:ABL",
+        "pgd": "untrojan.defenses.training.adversarial:AdversarialTraining",
+        "uap": "untrojan.defenses.training.universal:UniversalAdversarialTraining",
+    },
 )
