@@ -197,6 +197,9 @@ class Shrink:
     give_up: int = 25
     """Looks without a size at least one per cent smaller, after which a pair is finished, if its cost has
     both risen and fallen."""
+    confirm: bool = False
+    """Keep parameters only if they meet the constraint on all the pair's confirming images, too: a look sees
+    few images, and the smallest of many sizes is one whose look was lucky."""
 
 
 @dataclass(frozen=True)
@@ -545,6 +548,11 @@ class _ShrinkingSearch(_Search):
         met = flips >= self.schedule.flip_fraction
         sizes = self._sizes(active, parameters)
         better = met & (sizes < self.smallest[active])
+        if self.shrink.confirm:
+            for place in better.nonzero().flatten().tolist():
+                flips[place] = self._measure(int(active[place]))
+            met &= flips >= self.schedule.flip_fraction
+            better &= met
         self.stale[active] = (self.stale[active] + 1) * ~(met & (sizes < 0.99 * self.smallest[active]))
         kept = active[better]
         self.kept[kept], self.smallest[kept] = parameters[better], sizes[better]

@@ -24,6 +24,7 @@ REPAIRS: Registry[Repair] = Registry(
     {
         "anp": "untrojan.defenses.repair.anp:ANP",
         "clp": "untrojan.defenses.repair.clp:CLP",
+        "deck": "untrojan.defenses.repair.deck:DECK",
         "ft-sam": "untrojan.defenses.repair.ft_sam:FTSAM",
         "i-bau": "untrojan.defenses.repair.ibau:IBAU",
         "finetune": "untrojan.defenses.repair.finetune:Finetuning",
@@ -32,5 +33,6 @@ REPAIRS: Registry[Repair] = Registry(
         "mcr": "untrojan.defenses.repair.mcr:MCR",
         "unlearning": "untrojan.defenses.repair.unlearning:Unlearning",
         "neuron-pruning": "untrojan.defenses.repair.neuron_pruning:NeuronPruning",
+        "moth": "untrojan.defenses.repair.moth:MOTH",
     },
 )

@@ -27,6 +27,7 @@ SCANNERS: Registry[Scanner] = Registry(
         "neural-cleanse": "untrojan.defenses.scanning.neural_cleanse:NeuralCleanse",
         "abs": "untrojan.defenses.scanning.abs:ABS",
         "natural": "untrojan.defenses.scanning.natural:NaturalTrojans",
+        "class-distance": "untrojan.defenses.scanning.class_distance:ClassDistance",
     },
 )
 

@@ -1,0 +1,41 @@
+"""DECK: harden a model against pervasive backdoors, by enlarging the change of features between classes.
+
+Tao et al., "DECK: Model Hardening for Defending Pervasive Backdoors", sections IV and V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Interval
+
+from untrojan.data.image_set import ImageSet
+from untrojan.defenses.repair.hardening import Hardening
+from untrojan.inversion.generators import FeatureGenerator
+from untrojan.models.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class DECK(Hardening):
+    """:mod:`untrojan.defenses.repair.hardening` with DECK's feature-space generator.
+
+    D is the features' mean squared change. Raises UntrojanError, besides, where the encoder is not to be had
+    or no good enough decoder for it can be trained on the clean images.
+    """
+
+    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    """Not stated in the paper; a tenth, as in MOTH, is a single image of a class in each step."""
+    encoder: str = "local"
+    """A name of :func:`untrojan.models.encoders.load_encoder`. ``vgg`` is the paper's; ``local`` needs
+    nothing but the clean images."""
+    regions: Annotated[int, Ge(1)] = 4
+    """z: a map is cut into z x z regions. Not stated in the paper."""
+    kernel: Annotated[int, Ge(1)] = 3
+    """m, odd. Not stated in the paper."""
+
+    def generator(self, model: Classifier, clean: ImageSet) -> FeatureGenerator:
+        from untrojan.models.decoders import prepare_decoder
+
+        encoder, decoder = prepare_decoder(self.encoder, clean, seed=self.seed, device=str(model.device))
+        return FeatureGenerator(encoder, decoder, self.regions, self.kernel)

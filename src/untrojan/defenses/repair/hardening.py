@@ -1,0 +1,419 @@
+"""Class-distance hardening: train on images that were made to look like another class, rightly labelled.
+
+Tao et al., "Model Orthogonalization: Class Distance Hardening in Neural Networks for Better Security"
+(MOTH), S&P 2022, section IV, with the constants of its released code; Tao et al., "DECK: Model Hardening for
+Defending Pervasive Backdoors" keeps the procedure and replaces what makes the images.
+
+First a trigger into each class from all others, which tells how near each is. Then, for three steps each, the
+pairs of classes with the most to gain: triggers for both ways are found together, stamped on a share of the
+pair's images in the batch, labels kept. Triggers set out from those found for the pair before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
+from torch import Tensor
+
+from untrojan.data.image_set import ImageSet, concatenate, numbered
+from untrojan.data.sampling import some_of_each
+from untrojan.defenses.repair.clean_data import epochs_for, weights_fingerprint
+from untrojan.defenses.repair.report import RepairReport
+from untrojan.errors import UntrojanError
+from untrojan.inversion.engine import ANY, Inversion, Schedule, Shrink, invert
+from untrojan.inversion.generators import Generator
+from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.frozen import frozen, trainable
+from untrojan.training.adversarial import PGD
+from untrojan.training.loop import train
+from untrojan.training.recipe import Recipe
+from untrojan.triggers.base import to_bytes
+
+FEWEST_IMAGES = 5
+"""Of each class: fewer make a trigger that fits them alone."""
+STORED_NUMBERS = 1 << 26
+"""Of remembered triggers at most, a quarter of a gigabyte: DECK's have half a million each."""
+RAMP = 1000
+"""Steps after which distances outweigh gains fully in the choice of pairs: a = min(.1 step / 100, 1)."""
+
+
+def promise(gains: Tensor, distances: Tensor, weight: float) -> Tensor:
+    """How much each pair of classes has to gain, symmetric (K, K), from U and D of the same shape.
+
+    (1 - a)(U + U') + a (D + D'), MOTH's equation for the choice of pairs, a being ``weight``.
+    """
+    return (1 - weight) * (gains + gains.T) + weight * (distances + distances.T)
+
+
+def choose_pairs(promised: Tensor, count: int, explore: float, random: torch.Generator) -> list[list[int]]:
+    """``count`` disjoint pairs (s, t), s < t, or as many as there are, the most promising first.
+
+    Each is one of the pairs left with probability ``explore``, uniformly, and else the best of them.
+    """
+    open_pairs = torch.ones_like(promised, dtype=torch.bool).triu(1)
+    chosen: list[list[int]] = []
+    while len(chosen) < count and bool(open_pairs.any()):
+        left = open_pairs.nonzero()
+        if float(torch.rand((), generator=random)) < explore:
+            place = int(torch.randint(len(left), (), generator=random))
+        else:
+            place = int(promised[open_pairs].argmax())
+        pair = left[place]
+        chosen.append(pair.tolist())
+        open_pairs[pair] = False
+        open_pairs[:, pair] = False
+    return chosen
+
+
+class PairStates:
+    """What hardening remembers of every ordered pair.
+
+    Each tensor is changed in place: the training loop saves them with its checkpoint.
+    """
+
+    def __init__(
+        self, gains: Tensor, sizes: Tensor, universal: Tensor, pairs_at_once: int, periods: int
+    ) -> None:
+        """``gains`` is U, ``sizes`` the universal triggers', both (K, K), ``universal`` their parameters
+        (K, ...); so many disjoint pairs are hardened in each of at most so many periods."""
+        classes, hand = len(gains), 2 * min(pairs_at_once, len(gains) // 2)
+        self.gains, self.universal, self.sizes = gains, universal, sizes.clone()
+        self.distances = sizes / sizes.max().clamp_min(1e-12)
+        self.step, self.left = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        self.pairs = torch.zeros(hand, 2, dtype=torch.int64)
+        """The ordered pairs in hand: (s, t), (t, s), and so on."""
+        self.solved, self.latest = torch.zeros(hand, dtype=torch.bool), torch.zeros(hand)
+        slots = min(
+            classes * (classes - 1), hand * periods, max(hand, STORED_NUMBERS // universal[0].numel())
+        )
+        self.slot = torch.full((classes, classes), -1)
+        """Where a pair's trigger is stored; -1 where none is."""
+        self.stored = torch.zeros(slots, *universal.shape[1:])
+        self.stored_sizes = torch.zeros(slots)
+        self.stored_count = torch.zeros((), dtype=torch.int64)
+        self.visits = torch.full((hand * periods, 5), float("nan"), dtype=torch.float64)
+        """Source, target, step, size before and after; NaN after where the last search failed."""
+        self.visited = torch.zeros((), dtype=torch.int64)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("gains", "universal")}
+
+    def begin_period(self, chosen: list[list[int]], steps: int) -> None:
+        """Take up disjoint pairs, both ways of each."""
+        ways = [way for source, target in chosen for way in ([source, target], [target, source])]
+        self.pairs.copy_(torch.tensor(ways))
+        self.solved.fill_(False)
+        self.left.fill_(steps)
+
+    def start(self) -> Tensor:
+        """Parameters (A, ...) for the pairs in hand to set out from."""
+        slots = self.slot[self.pairs[:, 0], self.pairs[:, 1]]
+        own = self.stored[slots.clamp_min(0)]
+        known = (slots >= 0).view(-1, *[1] * (own.ndim - 1))
+        return torch.where(known, own, self.universal[self.pairs[:, 1]])
+
+    def keep(self, parameters: Tensor, sizes: Tensor, solved: Tensor) -> None:
+        """Remember what a step found for the pairs in hand; of two triggers of a pair the larger."""
+        self.solved.copy_(solved)
+        self.latest.copy_(sizes)
+        for place in solved.nonzero().flatten().tolist():
+            source, target = self.pairs[place].tolist()
+            slot = int(self.slot[source, target])
+            if slot < 0:
+                # Where all are taken, the one that was taken first gives way.
+                slot = int(self.stored_count) % len(self.stored)
+                self.slot[self.slot == slot] = -1
+                self.slot[source, target] = slot
+                self.stored_sizes[slot] = 0
+                self.stored_count += 1
+            if sizes[place] >= self.stored_sizes[slot]:
+                self.stored[slot], self.stored_sizes[slot] = parameters[place], sizes[place]
+
+    def close_period(self) -> None:
+        """D becomes the mean of itself and the size's relative change, where the last search succeeded."""
+        source, target = self.pairs.unbind(1)
+        before = self.sizes[source, target]
+        after = torch.where(self.solved, self.latest, before)
+        halfway = (self.distances[source, target] + (after - before) / before.clamp_min(1e-12)) / 2
+        self.distances[source, target] = torch.where(self.solved, halfway, self.distances[source, target])
+        self.sizes[source, target] = after
+        seen = [source, target, self.step.expand(len(source)), before, after.where(self.solved, torch.nan)]
+        first = int(self.visited)
+        self.visits[first : first + len(source)] = torch.stack([each.double() for each in seen], 1)
+        self.visited += len(source)
+
+    def history(self) -> list[dict[str, float | None]]:
+        """One entry for each period and way."""
+        return [
+            {"source": int(source), "target": int(target), "step": int(step), "before": before,
+             "after": None if after != after else after}
+            for source, target, step, before, after in self.visits[: int(self.visited)].tolist()
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """MOTH's loop over any :class:`~untrojan.inversion.generators.Generator`."""
+
+    steps: Annotated[int, Ge(1)] = 300
+    """Training steps after the warm-up, at least: the last epoch is finished. Two epochs of the whole
+    training set in the released code; of the papers' 5 % that would visit a quarter of ten classes' pairs."""
+    period: Annotated[int, Ge(1)] = 3
+    """Steps that pairs are kept for."""
+    pairs_at_once: Annotated[int, Ge(1)] = 1
+    """Disjoint pairs hardened in each step, all in one batch of the inversion. The papers' 1; many classes
+    have more pairs than there are steps."""
+    explore: Annotated[float, Interval(ge=0, le=1)] = 0.3
+    """How often a pair is drawn at random."""
+    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.1
+    """Share of the smaller class's images in the batch, but at least one image, that get a trigger either
+    way: distance is bought with accuracy."""
+    schedule: Literal["fast", "paper"] = "fast"
+    """Steps and images of each inversion; see :meth:`schedules`."""
+    flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    """The released Keras code's; the PyTorch code has a tenth."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    batch_size: Annotated[int, Ge(2)] = 128
+    crop_padding: Annotated[int, Ge(0)] = 0
+    flip: bool = False
+    freeze_statistics: bool = False
+    """Leave batch norm's running statistics as they are. The released PyTorch code does from the first
+    inversion on, which leaves its model in evaluation mode; its authors' Keras code does not."""
+    adversarial: PGD | None = None
+    """For adversarially trained models, or hardening would unlearn their robustness: batches are perturbed
+    before triggers are found for them and stamped. The released code's for CIFAR-10 is 7 steps of 2/255
+    within 8/255, for SVHN and GTSRB 8 of 0.005 within 0.03, for LISA 8 of 0.02 within 0.1."""
+    seed: int = 0
+
+    def generator(self, model: Classifier, clean: ImageSet) -> Generator:
+        """What makes one class look like another."""
+        raise NotImplementedError
+
+    def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
+        """Harden a copy of ``model`` with ``clean``, images known to be rightly labelled.
+
+        The history holds "epochs", and "visits": for each period and way the trigger's size before and after,
+        None where the last search failed. Raises UntrojanError for fewer than five images of a class, where
+        the model's classes are not the images', or where training diverges.
+        """
+        self._check(model, clean)
+        generator = self.generator(model, clean)
+        epochs = epochs_for(clean.num_classes + self.steps, len(clean), self.batch_size)
+        recipe = Recipe(
+            epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay, schedule="constant", crop_padding=self.crop_padding,
+            flip=self.flip, precision=model.precision,
+        )  # fmt: skip
+        most_steps = epochs * -(-len(clean) // self.batch_size) - clean.num_classes
+        states = self._warm_up(model, clean, generator, -(-most_steps // self.period), checkpoint)
+        repaired = trainable(model)
+        history = train(
+            repaired, clean, recipe, seed=self.seed, checkpoint=checkpoint, description="hardening",
+            augmented_transform=_Hardener(self, repaired, clean, generator, states),
+            freeze_statistics=self.freeze_statistics, state=states.tensors(),
+            method=f"{self} {weights_fingerprint(model)}",
+        )  # fmt: skip
+        if int(states.step) > clean.num_classes:
+            states.close_period()
+        return RepairReport(repaired, {"epochs": history.to_json(), "visits": states.history()})
+
+    def schedules(self, generator: Generator) -> tuple[Schedule, Schedule, Schedule]:
+        """Of the warm-up, of a pair's first step and of its later ones.
+
+        ``paper``: 500, 200 and 50 steps of 32 images a step in the warm-up and 16 a way after. ``fast``: 200,
+        60 and 20 of 8. A flip fraction of .99 in the warm-up; the later steps' cost ten times the first's.
+        """
+        paper = self.schedule == "paper"
+        universal, first, later = (500, 200, 50) if paper else (200, 60, 20)
+
+        def of(steps: int, images: int, flips: float, cost: float) -> Schedule:
+            # The released code looks at every step; a step of few images tells little.
+            look = 1 if paper else 2
+            shrink = Shrink(cost, look_every=look, patience=10 if paper else 3, give_up=steps)
+            return Schedule(generator.stepper, images, flips, most_steps=steps, shrink=shrink)
+
+        cost = generator.cost
+        return (
+            of(universal, 32 if paper else 12, 0.99, cost),
+            of(first, 16 if paper else 8, self.flip_fraction, cost),
+            of(later, 16 if paper else 8, self.flip_fraction, 10 * cost),
+        )
+
+    def _check(self, model: Classifier, clean: ImageSet) -> None:
+        least = int(clean.class_counts.argmin())
+        count = int(clean.class_counts[least])
+        if count < FEWEST_IMAGES:
+            raise UntrojanError(
+                f"hardening needs at least {FEWEST_IMAGES} clean images of every class: "
+                f"{clean.class_names[least]!r} has {count}"
+            )
+        if model.num_classes != clean.num_classes:
+            raise UntrojanError(
+                f"the model has {model.num_classes} outputs and the data have {clean.num_classes} classes: "
+                "they must be as many"
+            )
+
+    def _warm_up(
+        self, model: Classifier, clean: ImageSet, generator: Generator, periods: int, checkpoint: Path | None
+    ) -> PairStates:
+        """Universal triggers for all classes at once, on ten images of each."""
+        problem = generator.problem(self.seed)
+        sample = some_of_each(clean, 10, self.seed, "warm-up")
+        pairs = torch.tensor([[ANY, target] for target in range(clean.num_classes)])
+        place = (
+            None if checkpoint is None else checkpoint.with_name(f"universal-{checkpoint.stem}.safetensors")
+        )
+        found = invert(
+            model, sample, pairs, problem, self.schedules(generator)[0], seed=self.seed, checkpoint=place,
+            description="inverting universal triggers",
+        )  # fmt: skip
+        gains, sizes = universal_effects(model, sample, generator, self.seed, found)
+        return PairStates(gains, sizes, found.parameters, self.pairs_at_once, periods)
+
+
+@torch.no_grad()
+def universal_effects(
+    model: Classifier, sample: ImageSet, generator: Generator, seed: int, found: Inversion
+) -> tuple[Tensor, Tensor]:
+    """U and the sizes, (K, K) with zero diagonals: what each target's trigger does to each source's images.
+
+    U is (CE before - CE after) / CE before, cross-entropies with the target averaged over the source's images
+    first: an image that lies in the target's region already would divide by nothing.
+    """
+    asked, problem, count = frozen(model), generator.problem(seed), sample.num_classes
+    images = to_float(sample.images, model.device)
+    labels = sample.labels.to(model.device)
+    by_class = F.one_hot(labels, count).float() / sample.class_counts.to(model.device)
+    before = -torch.cat([asked(part).log_softmax(1) for part in images.split(512)])
+    gains, sizes = torch.zeros(count, count), torch.zeros(count, count)
+    for target in range(count):
+        parameters = found.parameters[target : target + 1].to(model.device)
+        after, moved = [], []
+        for part in images.split(512):
+            after.append(-asked(problem.embed(parameters, part[None])[0]).log_softmax(1)[:, target])
+            moved.append(generator.moved(problem, parameters, part[None])[0])
+        start = by_class.T @ before[:, target]
+        gains[:, target] = ((start - by_class.T @ torch.cat(after)) / start.clamp_min(1e-6)).cpu()
+        sizes[:, target] = (by_class.T @ torch.cat(moved)).cpu()
+    return gains.fill_diagonal_(0), sizes.fill_diagonal_(0)
+
+
+class _Hardener:
+    """What happens to each batch: an :data:`~untrojan.training.loop.AugmentedTransform`."""
+
+    def __init__(
+        self,
+        settings: Hardening,
+        model: Classifier,
+        clean: ImageSet,
+        generator: Generator,
+        states: PairStates,
+    ) -> None:
+        self.settings, self.model, self.clean = settings, model, clean
+        self.generator, self.problem = generator, generator.problem(settings.seed)
+        self.states = states
+        _, self.first, self.later = settings.schedules(generator)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, rows: Tensor, random: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        step = int(self.states.step)
+        if self.settings.adversarial is not None:
+            images = self.settings.adversarial(frozen(self.model), images, labels, random)
+        if step < self.clean.num_classes:
+            stamped = self._stamp_universal(images, labels, step, random)
+        else:
+            stamped = self._stamp_pairs(images, labels, random)
+        self.states.step += 1
+        return stamped, labels
+
+    def _stamp_universal(
+        self, images: Tensor, labels: Tensor, target: int, random: torch.Generator
+    ) -> Tensor:
+        """Half of the other classes' images get the target's trigger."""
+        others = (labels != target).nonzero().flatten()
+        drawn = torch.randperm(len(others), generator=random)[: len(others) // 2].to(labels.device)
+        return self._embedded(images, others[drawn], self.states.universal[target])
+
+    def _stamp_pairs(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        states = self.states
+        begins = int(states.left) == 0
+        if begins:
+            self._choose(random)
+        # A way that failed has to be looked for again from afar.
+        schedule = self.first if begins or not bool(states.solved.all()) else self.later
+        data = self._images_of(states.pairs, images, labels, random)
+        found = invert(
+            self.model, data, states.pairs.clone(), self.problem, schedule,
+            seed=self.settings.seed + int(states.step), start=states.start(), description="inverting pairs",
+        )  # fmt: skip
+        states.keep(found.parameters, self._sizes(data, found), found.solved)
+        states.left -= 1
+        for place in found.solved.nonzero().flatten().tolist():
+            source, target = states.pairs[place].tolist()
+            rows = self._some(labels, source, target, random)
+            images = self._embedded(images, rows, found.parameters[place])
+        return images
+
+    def _choose(self, random: torch.Generator) -> None:
+        states, settings = self.states, self.settings
+        main_steps = int(states.step) - self.clean.num_classes
+        if main_steps:
+            states.close_period()
+        promised = promise(states.gains, states.distances, min(main_steps / RAMP, 1.0))
+        chosen = choose_pairs(promised, settings.pairs_at_once, settings.explore, random)
+        states.begin_period(chosen, settings.period)
+
+    def _images_of(
+        self, pairs: Tensor, images: Tensor, labels: Tensor, random: torch.Generator
+    ) -> ImageSet:  # fmt: skip
+        """The batch's images of the pairs' classes, filled up from the whole set where they are few."""
+        wanted = pairs.unique()
+        in_batch = torch.isin(labels.cpu(), wanted)
+        batch = _as_set(
+            to_bytes(images[in_batch.to(images.device)]).cpu(), labels.cpu()[in_batch], self.clean
+        )
+        more: list[Tensor] = []
+        for label in wanted.tolist():
+            rows = self.clean.indices_of(label)
+            lacking = self.first.images_a_side - int((batch.labels == label).sum())
+            more.append(rows[torch.randperm(len(rows), generator=random)[: max(0, lacking)]])
+        return concatenate([batch, self.clean.select(torch.cat(more))])
+
+    @torch.no_grad()
+    def _sizes(self, data: ImageSet, found: Inversion) -> Tensor:
+        """Mean movement (A,) of the sources' images."""
+        sizes = []
+        for (source, _), parameters in zip(found.pairs.tolist(), found.parameters, strict=True):
+            images = to_float(data.images[data.indices_of(source)], self.model.device)[None]
+            sizes.append(
+                self.generator.moved(self.problem, parameters[None].to(images.device), images).mean()
+            )
+        return torch.stack(sizes).cpu()
+
+    def _some(self, labels: Tensor, source: int, target: int, random: torch.Generator) -> Tensor:
+        """Rows of the source's images to be stamped: a share of the smaller class, one at least."""
+        rows = (labels == source).nonzero().flatten()
+        smaller = min(len(rows), int((labels == target).sum()))
+        count = max(1, int(self.settings.stamped * smaller))
+        return rows[torch.randperm(len(rows), generator=random)[:count].to(rows.device)]
+
+    @torch.no_grad()
+    def _embedded(self, images: Tensor, rows: Tensor, parameters: Tensor) -> Tensor:
+        """Images with the trigger on some rows."""
+        if not len(rows):
+            return images
+        out = images.clone()
+        out[rows] = self.problem.embed(parameters[None].to(images.device), images[rows][None])[0]
+        return out
+
+
+def _as_set(images: Tensor, labels: Tensor, like: ImageSet) -> ImageSet:
+    return ImageSet(images, labels, like.class_names, numbered(len(labels)))

@@ -1,0 +1,260 @@
+"""The hardening loop of MOTH and DECK: the choice of pairs, its memory, and that distances grow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from untrojan.data.image_set import ImageSet
+from untrojan.data.signs import make_signs
+from untrojan.defenses.repair import hardening
+from untrojan.defenses.repair.deck import DECK
+from untrojan.defenses.repair.hardening import PairStates, _Hardener, choose_pairs, promise
+from untrojan.defenses.repair.moth import MOTH
+from untrojan.defenses.repair.registry import REPAIRS
+from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
+from untrojan.errors import UntrojanError
+from untrojan.inversion.generators import FeatureGenerator, MaskGenerator
+from untrojan.metrics.accuracy import benign_accuracy
+from untrojan.metrics.class_distance import mean_distance, relative_increase
+from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.decoders import Decoder
+from untrojan.models.encoders import Encoder
+from untrojan.seeding import generator
+from untrojan.training import loop
+from untrojan.training.adversarial import PGD
+from untrojan.training.loop import train_new
+from untrojan.training.recipe import Recipe
+
+QUICK = MOTH(steps=6, batch_size=24)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Classifier, ImageSet, ImageSet]:
+    """A small net that tells four signs apart, a few more images of them, and test images."""
+    splits = make_signs(4, 16, 100, 30)
+    recipe = Recipe(epochs=8, batch_size=64, learning_rate=3e-3, schedule="one_cycle")
+    model, _ = train_new(splits.train, "cnn@0.25", recipe)
+    return model, make_signs(4, 16, 24, 1, seed=5).train, splits.test or splits.train
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps in each inversion."""
+
+    def schedules(self: hardening.Hardening, generator: Any) -> Any:
+        return tuple(replace(each, most_steps=12) for each in original(self, generator))
+
+    original = hardening.Hardening.schedules
+    monkeypatch.setattr(hardening.Hardening, "schedules", schedules)
+
+
+def test_promise_is_both_ways_together() -> None:
+    gains = torch.tensor([[0.0, 0.5], [0.1, 0.0]])
+    distances = torch.tensor([[0.0, 1.0], [0.2, 0.0]])
+    torch.testing.assert_close(promise(gains, distances, 0.25)[0, 1], torch.tensor(0.75 * 0.6 + 0.25 * 1.2))
+    assert torch.equal(promise(gains, distances, 0.7), promise(gains, distances, 0.7).T)
+
+
+def test_the_most_promising_disjoint_pairs_are_chosen() -> None:
+    promised = torch.zeros(5, 5)
+    promised[1, 3] = promised[3, 1] = 9
+    promised[3, 4] = promised[4, 3] = 8
+    promised[0, 2] = promised[2, 0] = 7
+    promised.fill_diagonal_(100)
+    assert choose_pairs(promised, 1, 0.0, torch.Generator()) == [[1, 3]]
+    # (3, 4) shares a class with the first; of five classes one is left over.
+    assert choose_pairs(promised, 9, 0.0, torch.Generator()) == [[1, 3], [0, 2]]
+
+
+def test_every_pair_is_visited_in_the_end() -> None:
+    promised = torch.zeros(6, 6)
+    promised[0, 1] = promised[1, 0] = 5
+    chosen = [choose_pairs(promised, 1, 0.3, generator(0, step))[0] for step in range(400)]
+    assert {tuple(pair) for pair in chosen} == {(s, t) for s in range(6) for t in range(s + 1, 6)}
+    assert 0.68 < sum(pair == [0, 1] for pair in chosen) / 400 < 0.78
+
+
+def states_of(classes: int = 4, pairs_at_once: int = 1) -> PairStates:
+    sizes = (10.0 * torch.ones(classes, classes)).fill_diagonal_(0)
+    sizes[0, 1] = 40.0
+    universal = torch.arange(float(classes))[:, None].expand(-1, 2).clone()
+    return PairStates(torch.zeros(classes, classes), sizes, universal, pairs_at_once, periods=5)
+
+
+def test_a_period_moves_distances_halfway_to_the_relative_change() -> None:
+    states = states_of()
+    assert float(states.distances.max()) == 1
+    states.begin_period([[0, 1]], 3)
+    assert states.pairs.tolist() == [[0, 1], [1, 0]]
+    assert states.start().tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    found = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
+    states.keep(found, torch.tensor([60.0, 12.0]), torch.tensor([True, False]))
+    states.close_period()
+    assert float(states.distances[0, 1]) == pytest.approx((1.0 + 0.5) / 2)
+    assert float(states.sizes[0, 1]) == 60
+    assert (float(states.distances[1, 0]), float(states.sizes[1, 0])) == (0.25, 10.0)
+    assert [visit["after"] for visit in states.history()] == [60.0, None]
+    # The next time the pair sets out from its own trigger, which a smaller one does not replace.
+    states.begin_period([[0, 1]], 3)
+    assert states.start().tolist() == [[5.0, 6.0], [0.0, 0.0]]
+    states.keep(found + 1, torch.tensor([50.0, 12.0]), torch.tensor([True, True]))
+    assert states.start().tolist() == [[5.0, 6.0], [8.0, 9.0]]
+    assert bool((states.distances.diagonal() == 0).all())
+
+
+def test_only_so_many_triggers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardening, "STORED_NUMBERS", 4)
+    states = states_of()
+    assert len(states.stored) == 2
+    for pair in ([0, 1], [2, 3]):
+        states.begin_period([pair], 3)
+        states.keep(torch.full((2, 2), 9.0), torch.tensor([1.0, 1.0]), torch.tensor([True, True]))
+        assert states.start().tolist() == [[9.0, 9.0], [9.0, 9.0]]
+    states.begin_period([[0, 1]], 3)
+    assert states.start().tolist() == [[1.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.usefixtures("quick")
+def test_only_the_pairs_images_are_stamped(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
+    model, clean, _ = trained
+    moth = replace(QUICK, flip_fraction=0.05, stamped=0.5, pairs_at_once=2)
+    masks = MaskGenerator()
+    states = moth._warm_up(model, clean, masks, 9, None)
+    assert bool((states.gains.diagonal() == 0).all())
+    assert bool((states.distances.diagonal() == 0).all())
+    assert float(states.distances.max()) == 1
+    hardener = _Hardener(moth, model, clean, masks, states)
+    images, labels = to_float(clean.images), clean.labels
+    rows = torch.arange(len(labels))
+    stamped, kept = hardener(images, labels, rows, torch.Generator().manual_seed(0))
+    changed = (stamped != images).flatten(1).any(1)
+    assert kept is labels
+    assert int(changed.sum()) == 36
+    assert not bool((labels[changed] == 0).any())
+    states.step.fill_(4)
+    stamped, _ = hardener(images, labels, rows, torch.Generator().manual_seed(0))
+    changed = (stamped != images).flatten(1).any(1)
+    assert set(states.pairs.flatten().tolist()) == {0, 1, 2, 3}
+    assert torch.bincount(labels[changed], minlength=4).tolist() == [
+        12 * int(states.solved[states.pairs[:, 0] == label]) for label in range(4)
+    ]
+    assert float(stamped.min()) >= 0
+    assert float(stamped.max()) <= 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
+    trained: tuple[Classifier, ImageSet, ImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    model.train()
+    model.network.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    whole = QUICK(model, clean)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    stamp_pairs, stops = _Hardener._stamp_pairs, iter([False, False, False, False, True])
+
+    def stopping(self: _Hardener, *arguments: Any) -> Tensor:
+        if next(stops, False):
+            raise KeyboardInterrupt
+        return stamp_pairs(self, *arguments)
+
+    monkeypatch.setattr(_Hardener, "_stamp_pairs", stopping)
+    place = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        QUICK(model, clean, checkpoint=place)
+    resumed = QUICK(model, clean, checkpoint=place)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert whole.history["visits"] == resumed.history["visits"]
+    assert len(whole.history["visits"]) >= 4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert not whole.model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.network.requires_grad_(True)
+    model.eval()
+    with pytest.raises(UntrojanError, match="another run"):
+        replace(QUICK, learning_rate=0.1)(model, clean, checkpoint=place)
+
+
+@pytest.mark.usefixtures("quick")
+def test_batch_norm_goes_on_learning_through_the_inversions(
+    monkeypatch: pytest.MonkeyPatch, trained: tuple[Classifier, ImageSet, ImageSet]
+) -> None:
+    _, clean, _ = trained
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 4),
+    )
+    model = Classifier(network, 4, torch.zeros(3), torch.ones(3))
+    modes: list[bool] = []
+    stamp: Callable[..., Tensor] = _Hardener._embedded
+
+    def watching(self: _Hardener, *arguments: Any) -> Tensor:
+        modes.append(self.model.training)
+        return stamp(self, *arguments)
+
+    monkeypatch.setattr(_Hardener, "_embedded", watching)
+    settings = replace(QUICK, flip_fraction=0.01, adversarial=PGD(steps=2))
+    hardened = settings(model, clean).model
+    assert modes
+    assert all(modes)
+    norm, given = hardened.network[1], network[1]  # type: ignore[index]
+    # Each step counts one batch, although each is also perturbed and inverted on.
+    assert int(norm.num_batches_tracked) == 12
+    assert int(given.num_batches_tracked) == 0  # type: ignore[arg-type]
+    still = replace(settings, freeze_statistics=True)(model, clean).model
+    assert int(still.network[1].num_batches_tracked) == 0  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("quick")
+def test_deck_hardens_with_images_decoded_from_features(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    encoder = Encoder([(block, nn.MaxPool2d(2))], [(4, 4)], (127.0,) * 3, (64.0,) * 3)
+    decoder = Decoder(encoder).requires_grad_(False)
+    decoder.psnr = 99.0
+    made = FeatureGenerator(encoder, decoder, regions=2)
+    monkeypatch.setattr(DECK, "generator", lambda *_: made)
+    deck = REPAIRS.build("deck", {"steps": 4, "batch_size": 48, "flip_fraction": 0.01})
+    report = deck(model, clean)
+    sizes = [visit["after"] for visit in report.history["visits"]]
+    assert any(size is not None and size > 0 for size in sizes)
+    given, repaired = model.state_dict(), report.model.state_dict()
+    assert any(not torch.equal(value, repaired[name]) for name, value in given.items())
+
+
+def test_too_few_images_are_refused(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
+    model, clean, _ = trained
+    fewer = clean.select((clean.labels != 2) | (torch.arange(len(clean)) % 12 == 0))
+    with pytest.raises(UntrojanError, match="at least 5 clean images of every class"):
+        MOTH()(model, fewer)
+
+
+def test_moth_enlarges_mask_distances(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
+    model, clean, test = trained
+    repaired = replace(QUICK, steps=24)(model, clean).model
+    masks = MaskGenerator()
+    before, after = (
+        class_distances(each, test, masks, schedule_of(masks, 60, 0.9, False), images=20, trials=1).matrix
+        for each in (model, repaired)
+    )
+    assert mean_distance(after) > 1.1 * mean_distance(before)
+    assert relative_increase(before, after) > 0.1
+    assert benign_accuracy(repaired, test) > benign_accuracy(model, test) - 0.1
