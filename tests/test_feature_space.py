@@ -231,7 +231,7 @@ def trained() -> tuple[Classifier, ImageSet, Encoder, Decoder]:
 def test_generation_flips_a_class(trained: tuple[Classifier, ImageSet, Encoder, Decoder]) -> None:
     model, signs, encoder, decoder = trained
     pattern = FeatureSpacePattern(encoder, decoder, regions=2, least_psnr=0.0)
-    pairs = torch.tensor([[0, 1], [2, 0]])
+    pairs = torch.tensor([[0, 1]])
     schedule = replace(PAPER, images_a_side=32, most_steps=80)
     found = invert(model, signs, pairs, pattern, schedule)
     assert bool(found.solved.all())
