@@ -66,6 +66,7 @@ CRAFTED_ATTACKS: Registry[CraftedAttack] = Registry(
         "label-consistent": "untrojan.attacks.label_consistent:LabelConsistent",
         "hidden-trigger": "untrojan.attacks.hidden_trigger:HiddenTrigger",
         "invisible": "untrojan.attacks.invisible:InvisibleAttack",
+        "dfst-style": "untrojan.attacks.dfst:DetoxifiedStyle",
     },
 )
 
