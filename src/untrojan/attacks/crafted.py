@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -39,10 +39,8 @@ class Crafted:
 class CraftedAttack(Protocol):
     """A frozen dataclass of an attack's settings, registered by name in :data:`CRAFTED_ATTACKS`."""
 
-    @property
-    def surrogate(self) -> Surrogate:
-        """Which model ``craft`` has to be given."""
-        ...
+    surrogate: ClassVar[Surrogate]
+    """Which model ``craft`` has to be given."""
 
     def clean(self, data: Splits) -> ImageSet:
         """What that model is trained on. Raises UntrojanError for classes that the data don't have."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Interval
@@ -53,6 +53,8 @@ class HiddenTrigger:
     each candidate is made once, so ask for twice as many.
     """
 
+    surrogate: ClassVar[Surrogate] = "other classes"
+
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] = (1,)
     """The one source class."""
@@ -84,10 +86,6 @@ class HiddenTrigger:
     def __call__(self, data: Splits, seed: int, model: Classifier) -> PoisonedData:
         """The poisoned pair. Raises UntrojanError as :class:`~untrojan.attacks.poisoning.Poisoning` does."""
         return self.poison(data, seed, self.craft(data, seed, model).tensors)
-
-    @property
-    def surrogate(self) -> Surrogate:
-        return "other classes"
 
     def clean(self, data: Splits) -> ImageSet:
         return other_classes(data.train, (self.sources[0], self.target))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class InvisibleAttack:
     there is 1 - SSIM. In the first ``secret_only`` epochs the binary cross-entropy stands alone.
     """
 
+    surrogate: ClassVar[Surrogate] = "none"
+
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] | Literal["all"] = "all"
     count: Annotated[int, Ge(1)] | None = None
@@ -63,10 +65,6 @@ class InvisibleAttack:
     def __call__(self, data: Splits, seed: int) -> PoisonedData:
         """The poisoned set. Raises UntrojanError as :class:`~untrojan.attacks.poisoning.Poisoning` does."""
         return self.poison(data, seed, self.craft(data, seed).tensors)
-
-    @property
-    def surrogate(self) -> Surrogate:
-        return "none"
 
     def clean(self, data: Splits) -> ImageSet:
         return data.train

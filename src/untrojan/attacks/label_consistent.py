@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class LabelConsistent:
     adversarially trained model (section 4.2.2), which any model that ``craft`` is given may be.
     """
 
+    surrogate: ClassVar[Surrogate] = "all classes"
+
     target: Annotated[int, Ge(0)] = 0
     trigger: str = "patch"
     trigger_options: dict[str, Any] = field(default_factory=dict)
@@ -53,10 +55,6 @@ class LabelConsistent:
     def __call__(self, data: Splits, seed: int, model: Classifier) -> PoisonedData:
         """The poisoned set. Raises UntrojanError as :class:`~untrojan.attacks.poisoning.Poisoning` does."""
         return self.poison(data, seed, self.craft(data, seed, model).tensors)
-
-    @property
-    def surrogate(self) -> Surrogate:
-        return "all classes"
 
     def clean(self, data: Splits) -> ImageSet:
         return data.train

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from untrojan.bench.graph import Cell, Stage
 from untrojan.bench.plan import AttackEntry, DefenseEntry, NetEntry, Plan, matching
 from untrojan.bench.versions import VERSIONS
 from untrojan.errors import UntrojanError
 from untrojan.registry import options_of
+
+if TYPE_CHECKING:
+    from untrojan.attacks.crafted import Surrogate
 
 COMPUTED_TRIGGERS = ("universal",)
 """Triggers that are computed on a clean model, not drawn."""
@@ -55,8 +58,28 @@ def _attack_options(entry: AttackEntry) -> dict[str, Any] | None:
     if entry.sdrm is not None:
         return {"infection": options_of(entry.sdrm.infection()), "method": options_of(entry.sdrm.method())}
     # Names of classes stay names: what they stand for is known once the data are.
-    named = entry.model_dump(include={"target", "sources"}, exclude_none=True)
+    named: dict[str, Any] = entry.model_dump(include={"target", "sources"}, exclude_none=True)
+    if entry.method is not None:
+        settings = options_of(entry.crafted())
+        classes: dict[str, Any] = {k: settings.pop(k) for k in ("target", "sources") if k in settings}
+        return {"method": entry.method, "options": settings, **classes, **named}
     return options_of(entry.poisoning()) | named
+
+
+def _surrogate(options: Mapping[str, Any]) -> Surrogate:
+    """What the attacker needs a clean model of, before there is a poisoned set."""
+    from untrojan.attacks.crafted import CRAFTED_ATTACKS
+
+    if "method" in options:
+        return CRAFTED_ATTACKS.get(options["method"]).surrogate
+    return "all classes" if options["trigger"] in COMPUTED_TRIGGERS else "none"
+
+
+def _pair(options: Mapping[str, Any] | None) -> list[Any] | None:
+    """Source and target of an attack on the transfer to two classes, else None."""
+    if options is None or _surrogate(options) != "other classes":
+        return None
+    return [options["sources"][0], options["target"]]
 
 
 def _defense_options(entry: DefenseEntry) -> dict[str, Any]:
@@ -90,11 +113,12 @@ class _Expansion:
         seed = self.seed + attack.seed_offset
         options = self.resolved.attacks[attack_name]
         poisoned = self._poisoned(attack_name, options, seed)
-        victim = self._trained(self.net.victim, poisoned, seed, f"{attack_name} victim")
+        pretrained = self._pretrained(poisoned, options)
+        victim = self._trained(self.net.victim, poisoned, seed, f"{attack_name} victim", pretrained)
         undefended = self._evaluated(victim, poisoned, f"{attack_name} undefended")
         stages = {"data": self.data, "undefended": undefended}
-        if options and (self.control or options["trigger"] in COMPUTED_TRIGGERS):
-            stages["clean_model"] = self._clean_model(poisoned, attack_name)
+        if options and (self.control or _surrogate(options) != "none"):
+            stages["clean_model"] = self._clean_model(poisoned, attack_name, options)
         if defense.cleanser is not None:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
         if defense.training is not None:
@@ -153,39 +177,57 @@ class _Expansion:
         if options is None:
             return self._clean()
         inputs = {"data": self.data}
-        if options["trigger"] in COMPUTED_TRIGGERS:
-            # The attacker's own model: trained as the victim will be, from another seed.
-            surrogate = self._trained(self.net.victim, self._clean(), seed + 1_000_003, f"{name} surrogate")
-            inputs["surrogate"] = surrogate
+        if _surrogate(options) != "none":
+            inputs["surrogate"] = self._surrogate_model(name, options, seed)
         return self._stage("poison", {"attack": options, "seed": seed}, inputs, f"{name} poisoned set")
 
-    def _clean(self) -> Stage:
-        return self._stage("poison", {"attack": None}, {"data": self.data}, "clean set")
+    def _surrogate_model(self, name: str, options: dict[str, Any], seed: int) -> Stage:
+        """The attacker's own model: trained as the victim will be, from another seed."""
+        pair = _pair(options)
+        clean = self._clean() if pair is None else self._clean(without=pair)
+        return self._trained(self.net.victim, clean, seed + 1_000_003, f"{name} surrogate")
 
-    def _trained(self, recipe: str, poisoned: Stage, seed: int, label: str) -> Stage:
+    def _clean(self, **classes: list[Any]) -> Stage:
+        return self._stage("poison", {"attack": None, **classes}, {"data": self.data}, "clean set")
+
+    def _trained(
+        self, recipe: str, poisoned: Stage, seed: int, label: str, pretrained: Stage | None = None
+    ) -> Stage:
+        """A model; where ``pretrained`` is given, that model's features beneath a last layer of its own."""
         config = {
             "architecture": self.net.architecture,
             "recipe": self.resolved.recipes[recipe],
             "seed": seed,
         }
         inputs = {"data": self.data, "poisoned": poisoned}
+        if pretrained is not None:
+            inputs["pretrained"] = pretrained
         return self._stage("train", config, inputs, label, profile=recipe)
 
     def _evaluated(self, model: Stage, poisoned: Stage, label: str) -> Stage:
         inputs = {"data": self.data, "poisoned": poisoned, "model": model}
         return self._stage("evaluate", {}, inputs, label)
 
-    def _clean_model(self, poisoned: Stage, name: str) -> Stage:
+    def _clean_model(self, poisoned: Stage, name: str, options: dict[str, Any]) -> Stage:
         """What the pattern alone does to a model that was never poisoned nor seen by the attacker: the
         plan's first clean control, where it has one."""
         offset = self.control.seed_offset if self.control else 2_000_003
-        clean = self._trained(self.net.victim, self._clean(), self.seed + offset, f"{name} clean model")
+        pair, pretrained = _pair(options), self._pretrained(poisoned, options)
+        clean_set = self._clean() if pair is None else self._clean(only=pair)
+        clean = self._trained(
+            self.net.victim, clean_set, self.seed + offset, f"{name} clean model", pretrained
+        )
         return self._evaluated(clean, poisoned, f"{name} clean model")
+
+    def _pretrained(self, poisoned: Stage, options: dict[str, Any] | None) -> Stage | None:
+        """The model that victims of a transfer attack transfer from: the attacker knows it."""
+        return None if _pair(options) is None else poisoned.inputs["surrogate"]
 
     def _defended(
         self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, victim: Stage, seed: int
     ) -> dict[str, Stage]:
-        probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe")
+        pretrained = victim.inputs.get("pretrained")
+        probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe", pretrained)
         options = self._seeded(name, defense, seed)
         config: dict[str, Any] = {"cleanser": defense.cleanser, "options": options}
         if not defense.canaries:
@@ -193,8 +235,9 @@ class _Expansion:
         known = {"data": self.data, "poisoned": poisoned}
         probes = {"probe": probe}
         if self.net.second_probe is not None:
-            second = self._trained(self.net.second_probe, poisoned, seed, f"{attack} second probe")
-            probes["second_probe"] = second
+            probes["second_probe"] = self._trained(
+                self.net.second_probe, poisoned, seed, f"{attack} second probe", pretrained
+            )
         audit = self._stage("audit", config, known | probes, f"{attack} {name} audit", profile=name)
         stages = {
             "probe": self._evaluated(probe, poisoned, f"{attack} probe's accuracy"),
@@ -202,9 +245,11 @@ class _Expansion:
             "score": self._stage("score", {}, known | {"audit": audit}, f"{attack} {name} score"),
         }
         if defense.retrain:
+            inputs = known | {"audit": audit, "victim": victim}
+            if pretrained is not None:
+                inputs["pretrained"] = pretrained
             retrained = self._stage(
-                "retrain", victim.config, known | {"audit": audit, "victim": victim},
-                f"{attack} {name} retrained", profile=self.net.victim,
+                "retrain", victim.config, inputs, f"{attack} {name} retrained", profile=self.net.victim,
             )  # fmt: skip
             stages["retrained"] = self._evaluated(retrained, poisoned, f"{attack} {name} after retraining")
         return stages

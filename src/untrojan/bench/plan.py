@@ -22,6 +22,7 @@ from untrojan.bench.published import PUBLISHED
 from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
+    from untrojan.attacks.crafted import CraftedAttack
     from untrojan.attacks.infect import Infection
     from untrojan.attacks.poisoning import Poisoning
     from untrojan.attacks.sdrm import StatisticalDifferenceReduction
@@ -115,6 +116,11 @@ class AttackEntry(_Strict):
     """No attack: a control."""
     sdrm: SdrmEntry | None = None
     """An attacker who trains the model; ``exposure`` defences are asked about it."""
+    method: str | None = None
+    """An attack that computes before it poisons, such as ``label-consistent``; what follows below and its
+    dataclass has too is set there."""
+    options: dict[str, Any] | None = None
+    """The other settings of ``method``."""
     scale: Annotated[float, Field(gt=0)] = 1.0
     """Multiplies a named attack's count."""
     seed_offset: int = 0
@@ -133,12 +139,39 @@ class AttackEntry(_Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> AttackEntry:
-        by_trigger = self.named is None and self.trigger is not None
-        if sum([self.clean, self.named is not None, by_trigger, self.sdrm is not None]) != 1:
+        by_trigger = self.named is None and self.method is None and self.trigger is not None
+        kinds = [self.named is not None, by_trigger, self.method is not None, self.sdrm is not None]
+        if sum([self.clean, *kinds]) != 1:
             raise ValueError(
-                "give one of clean = true, named = an attack's name, trigger = a trigger's, or sdrm = {...}"
+                "give one of clean = true, named = an attack's name, trigger = a trigger's, "
+                "method = that of an attack that computes, or sdrm = {...}"
             )
+        if self.options is not None and self.method is None:
+            raise ValueError("options are those of a method: name it, or see trigger_options")
         return self
+
+    def crafted(self, class_index: Callable[[Class], int] | None = None) -> CraftedAttack:
+        """The attack that ``method`` names; ``class_index`` as in :meth:`poisoning`."""
+        from untrojan.attacks.crafted import CRAFTED_ATTACKS
+        from untrojan.triggers.registry import TRIGGERS
+
+        number = class_index or stand_in
+        given = dict(self.options or {})
+        for key in ("trigger", "trigger_options", "target", "sources", "count", "rate", "keep_originals"):
+            value = getattr(self, key)
+            if value is not None:
+                given[key] = value
+        for key in ("clean_label", "all_to_all"):
+            if getattr(self, key) is not None:
+                raise UntrojanError(f"{self.method} takes no {key}")
+        if "target" in given:
+            given["target"] = number(given["target"])
+        if isinstance(given.get("sources"), list):
+            given["sources"] = tuple(number(each) for each in given["sources"])
+        made = CRAFTED_ATTACKS.build(str(self.method), given)
+        if (trigger := getattr(made, "trigger", None)) is not None:
+            TRIGGERS.build(trigger, getattr(made, "trigger_options", {}))
+        return made
 
     def poisoning(self, class_index: Callable[[Class], int] | None = None) -> Poisoning:
         """The attack. ``class_index`` turns names of classes into numbers; without it they only stand in."""
@@ -370,6 +403,8 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
         if attack.sdrm is not None:
             yield f"attacks.{name}.sdrm", attack.sdrm.infection
             yield f"attacks.{name}.sdrm", attack.sdrm.method
+        elif attack.method is not None:
+            yield f"attacks.{name}", attack.crafted
         elif not attack.clean:
             yield f"attacks.{name}", attack.poisoning
     for name, defense in plan.defenses.items():

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MODEL = "model.safetensors"
 PATTERN = "pattern.safetensors"
 FLAGS = "flags.safetensors"
+CRAFTED = "crafted.safetensors"
 
 
 def data(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -42,15 +43,19 @@ def data(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 
 
 def poison(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """Make a poisoned set, to learn its fingerprint; compute its pattern where one has to be computed."""
-    if "surrogate" in place.inputs:
-        _compute_pattern(config["attack"], place)
+    """Make a poisoned set, to learn its fingerprint; compute first what has to be computed."""
+    facts: dict[str, Any] = {}
+    attack: Mapping[str, Any] = config["attack"] or {}
+    if "method" in attack:
+        facts = _craft(config, place)
+    elif "surrogate" in place.inputs:
+        _compute_pattern(attack, place)
     made = _make(config, place.inputs["data"], place.sources, place.out)
     known = {"fingerprint": made.train.fingerprint(), "train": len(made.train), "poisoned": 0}
     if made.attack is not None:
         record = made.attack.record
         known |= {"poisoned": int(record.poisoned.sum()), "target": record.target, "sources": record.sources}
-    return known
+    return known | ({"crafted": facts} if facts else {})
 
 
 def train(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -285,6 +290,9 @@ def check_data(plan: Plan, cells: Iterable[Cell], sources: Mapping[str, str]) ->
         if attack.clean:
             continue
         try:
+            if attack.method is not None:
+                attack.crafted(splits.train.class_index).clean(splits)
+                continue
             infection = attack.sdrm.infection() if attack.sdrm else None
             poisoning = infection.poisoning() if infection else attack.poisoning(splits.train.class_index)
             target = [] if poisoning.target is None else [poisoning.target]
@@ -300,8 +308,9 @@ class _Made:
     def __init__(self, clean: Splits, attack: PoisonedData | None) -> None:
         self.attack = attack
         self.train: ImageSet = attack.train if attack else clean.train
-        assert clean.test is not None
-        self.test: ImageSet = clean.test
+        test = attack.test if attack else clean.test
+        assert test is not None
+        self.test: ImageSet = test
 
 
 def _settings(config: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[Any, ...]:
@@ -367,9 +376,42 @@ def _remade(folder: Path, data_folder: Path, sources: tuple[tuple[str, str], ...
 def _make(config: Mapping[str, Any], data_folder: Path, sources: Mapping[str, str], folder: Path) -> _Made:
     splits = _known_data(data_folder, sources)
     if config["attack"] is None:
-        return _Made(splits, None)
+        return _Made(_some_classes(splits, config), None)
+    if "method" in config["attack"]:
+        from safetensors.torch import load_file
+
+        crafted = _attack_entry(config["attack"]).crafted(splits.train.class_index)
+        return _Made(splits, crafted.poison(splits, config["seed"], load_file(folder / CRAFTED)))
     attack = _attack_entry(config["attack"]).poisoning(splits.train.class_index)
     return _Made(splits, attack(splits, config["seed"], drawn=_stored_pattern(folder)))
+
+
+def _some_classes(splits: Splits, config: Mapping[str, Any]) -> Splits:
+    """All, or ``only`` a pair, or all ``without`` that pair: what transfer attacks are made of."""
+    from untrojan.attacks.hidden_trigger import other_classes, pair_of
+    from untrojan.data.image_set import Splits
+
+    if "only" in config:
+        source, target = map(splits.train.class_index, config["only"])
+        return pair_of(splits, source, target)
+    if "without" in config:
+        source, target = map(splits.train.class_index, config["without"])
+        test = None if splits.test is None else other_classes(splits.test, (source, target))
+        return Splits(other_classes(splits.train, (source, target)), test)
+    return splits
+
+
+def _craft(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Compute what the attack poisons with, and store it: making the set again then takes no time."""
+    from safetensors.torch import save_file
+
+    splits = _known_data(place.inputs["data"], place.sources)
+    attack = _attack_entry(config["attack"]).crafted(splits.train.class_index)
+    model = _model(place.inputs["surrogate"]) if "surrogate" in place.inputs else None
+    crafted = attack.craft(splits, config["seed"], model, place.scratch)
+    tensors = {name: value.cpu().contiguous() for name, value in crafted.tensors.items()}
+    save_file(tensors, place.out / CRAFTED)
+    return dict(crafted.facts)
 
 
 def _attack_entry(options: Mapping[str, Any]) -> AttackEntry:
@@ -412,10 +454,17 @@ def _train(config: Mapping[str, Any], place: Place, images: ImageSet) -> dict[st
     from untrojan.training.loop import train_new
     from untrojan.training.recipe import Recipe
 
-    model, history = train_new(
-        images, config["architecture"], validated(Recipe, config["recipe"], "recipe"), seed=config["seed"],
-        checkpoint=place.scratch / "training.pt", description=place.label or "training", device=_device(),
-    )  # fmt: skip
+    recipe = validated(Recipe, config["recipe"], "recipe")
+    run: dict[str, Any] = {
+        "seed": config["seed"], "checkpoint": place.scratch / "training.pt",
+        "description": place.label or "training",
+    }  # fmt: skip
+    if "pretrained" in place.inputs:
+        from untrojan.attacks.hidden_trigger import train_last_layer
+
+        model, history = train_last_layer(_model(place.inputs["pretrained"]), images, recipe, **run)
+    else:
+        model, history = train_new(images, config["architecture"], recipe, device=_device(), **run)
     save_checkpoint(place.out / MODEL, model, images.class_names)
     last = history.epochs[-1]
     return {"unchanged": False, "images": len(images), "loss": last.loss, "fit": last.accuracy}

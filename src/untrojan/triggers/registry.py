@@ -30,6 +30,7 @@ TRIGGERS: Registry[TriggerRecipe] = Registry(
         "kelvin": "untrojan.triggers.filters:Kelvin",
         "lomo": "untrojan.triggers.filters:Lomo",
         "toaster": "untrojan.triggers.filters:Toaster",
+        "sunrise": "untrojan.triggers.sunrise:Sunrise",
         "invisible": "untrojan.triggers.invisible:Invisible",
         "universal": "untrojan.triggers.universal:Universal",
     },
