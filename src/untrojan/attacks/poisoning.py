@@ -24,6 +24,7 @@ __all__ = [
     "Poisoning",
     "TriggeredTest",
     "poison_many",
+    "triggered_test",
 ]
 
 
@@ -177,7 +178,7 @@ def poison_many(
         for index, attack in enumerate(attacks)
     )
     tests = tuple(
-        _triggered(test, attack, trigger) for attack, trigger in zip(attacks, triggers, strict=True)
+        triggered_test(test, attack, trigger) for attack, trigger in zip(attacks, triggers, strict=True)
     )
     return PoisonedTogether(poisoned, records, test, tests)
 
@@ -241,7 +242,8 @@ def _assembled(
     return ImageSet(images, labels, train.class_names, numbered(len(origin))), origin, by_attack
 
 
-def _triggered(test: ImageSet, attack: Poisoning, trigger: Trigger) -> TriggeredTest:
+def triggered_test(test: ImageSet, attack: Poisoning, trigger: Trigger) -> TriggeredTest:
+    """Test images of the attack's classes with the trigger. Raises UntrojanError where there are none."""
     classes = attack.tested_classes(test.num_classes)
     which = torch.isin(test.labels, torch.tensor(classes))
     if not bool(which.any()):

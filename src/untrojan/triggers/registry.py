@@ -22,6 +22,7 @@ TRIGGERS: Registry[TriggerRecipe] = Registry(
         "yellow-square": "untrojan.triggers.patterns:YellowSquare",
         "patch": "untrojan.triggers.patch:Patch",
         "blend": "untrojan.triggers.blend:Blend",
+        "strips": "untrojan.triggers.strips:Strips",
         "sinusoid": "untrojan.triggers.sinusoid:Sinusoid",
         "warp": "untrojan.triggers.warp:Warp",
         "universal": "untrojan.triggers.universal:Universal",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.training.report import TrainingReport
 from untrojan.errors import UntrojanError
-from untrojan.models.channels import channel_activations, norms_after, weighted_layers
+from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.registry import build_for
 from untrojan.training.loop import train
@@ -151,13 +151,8 @@ class NONE:
         )
         for number in range(self.rounds):
             analysis = self.analyse(model, data)
-            apart = analysis.separation >= self.separation
-            dropped = analysis.suspects if apart else torch.zeros_like(dropped)
-            # Without any image of a class left, there is nothing to train it on.
-            emptied = (data.class_counts > 0) & (data.select(~dropped).class_counts == 0)
-            if bool(emptied.any()):
-                dropped = dropped & ~emptied[data.labels]
-            self._reset(model, data, analysis)
+            dropped = keep_every_class(data, self.dropped(analysis))
+            self.reset(model, to_float(data.images[:1], model.device), analysis)
             place = None if checkpoint is None else checkpoint.with_name(f"round{number}-{checkpoint.name}")
             more = train(
                 model, data.select(~dropped), onward, seed=self.seed + 1 + number, checkpoint=place,
@@ -176,13 +171,30 @@ class NONE:
 
     def analyse(self, model: Classifier, data: ImageSet) -> Analysis:
         """Compromised channels and the images that excite them. The model is left as it was."""
-        reduction: Literal["max", "mean"] = "max" if self.mode == "released" else "mean"
-        activations, logits = channel_activations(model, data.images, reduction)
+        activations, logits = channel_activations(model, data.images, self.reduction)
+        return self.judge(activations, logits.softmax(1))
+
+    @property
+    def reduction(self) -> Reduction:
+        """What of a channel's places :meth:`judge` looks at."""
+        return "max" if self.mode == "released" else "mean"
+
+    def judge(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
+        """The analysis where the images are elsewhere, as in federated learning.
+
+        ``activations`` are (N, C) by layer, as :func:`~untrojan.models.channels.channel_activations` gives
+        them by ``reduction``; ``probabilities`` (N, K). Raises UntrojanError where there is no layer.
+        """
         if not activations:
             raise UntrojanError("NONE needs layers before the last one, with weights that are trained")
         if self.mode == "released":
-            return self._released(activations, logits.softmax(1))
+            return self._released(activations, probabilities)
         return self._paper(activations)
+
+    def dropped(self, analysis: Analysis) -> Tensor:
+        """bool (N,): the suspects where two groups of images are really there, else none."""
+        apart = analysis.separation >= self.separation
+        return analysis.suspects if apart else torch.zeros_like(analysis.suspects)
 
     def _released(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
         compromised, excitement = {}, torch.zeros(len(probabilities))
@@ -212,8 +224,11 @@ class NONE:
                 suspects |= (own > split.at) & apart
         return Analysis(compromised, suspects, best)
 
-    def _reset(self, model: Classifier, data: ImageSet, analysis: Analysis) -> None:
-        image = to_float(data.images[:1], model.device)
+    def reset(self, model: Classifier, image: Tensor, analysis: Analysis) -> None:
+        """Zero the compromised channels of ``model`` itself, or draw them anew in mode paper.
+
+        ``image`` is any float (1, C, H, W): it only shows which norm follows which layer.
+        """
         layers, norms = weighted_layers(model, image), norms_after(model, image)
         random = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -230,6 +245,12 @@ class NONE:
                         norm.weight[where], norm.bias[where] = 1, 0
                 if layer.bias is not None:
                     layer.bias[where] = 0
+
+
+def keep_every_class(data: ImageSet, dropped: Tensor) -> Tensor:
+    """``dropped`` (N,) without the classes that would lose their last image: nothing could train them."""
+    emptied = (data.class_counts > 0) & (data.select(~dropped).class_counts == 0)
+    return dropped & ~emptied[data.labels] if bool(emptied.any()) else dropped
 
 
 def _drawn(layer: nn.Conv2d | nn.Linear, count: int, random: torch.Generator) -> Tensor:
