@@ -121,8 +121,9 @@ def one_line(text: object) -> str:
 
 
 def exchanged(model: Classifier) -> dict[str, Tensor]:
-    """The weights that travel: all but the normalisation."""
-    return {key: value for key, value in model.state_dict().items() if key not in NORMALISATION}
+    """The weights that travel, copied: all but the normalisation."""
+    state = model.state_dict()
+    return {key: value.clone() for key, value in state.items() if key not in NORMALISATION}
 
 
 def take_weights(model: Classifier, tensors: Mapping[str, Tensor], who: str) -> None:
