@@ -26,6 +26,7 @@ __all__ = [
     "poison_many",
     "poison_with",
     "selected_rows",
+    "triggered_test",
 ]
 
 
@@ -225,7 +226,7 @@ def _delivered(
         for index, attack in enumerate(attacks)
     )
     tests = tuple(
-        _triggered(test, attack, trigger) for attack, trigger in zip(attacks, triggers, strict=True)
+        triggered_test(test, attack, trigger) for attack, trigger in zip(attacks, triggers, strict=True)
     )
     return PoisonedTogether(poisoned, records, test, tests)
 
@@ -308,7 +309,8 @@ def _assembled(
     return ImageSet(pixels, labels, train.class_names, numbered(len(origin))), origin, by_attack
 
 
-def _triggered(test: ImageSet, attack: Poisoning, trigger: Trigger) -> TriggeredTest:
+def triggered_test(test: ImageSet, attack: Poisoning, trigger: Trigger) -> TriggeredTest:
+    """Test images of the attack's classes with the trigger. Raises UntrojanError where there are none."""
     classes = attack.tested_classes(test.num_classes)
     which = torch.isin(test.labels, torch.tensor(classes))
     if not bool(which.any()):

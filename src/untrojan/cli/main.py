@@ -12,7 +12,7 @@ import typer
 from typer.main import get_command
 
 from untrojan import __version__
-from untrojan.cli import audit, bench, data, demo, evaluate, options, poison, repair, scan, train
+from untrojan.cli import audit, bench, data, demo, evaluate, federated, options, poison, repair, scan, train
 from untrojan.errors import UntrojanError
 
 BAD_INPUT, CRASH, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
@@ -55,6 +55,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("scan")(scan.scan)
 app.command("repair")(repair.repair)
+app.command("federated")(federated.federated)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 

@@ -23,6 +23,7 @@ TRIGGERS: Registry[TriggerRecipe] = Registry(
         "patch": "untrojan.triggers.patch:Patch",
         "watermark": "untrojan.triggers.watermark:Watermark",
         "blend": "untrojan.triggers.blend:Blend",
+        "strips": "untrojan.triggers.strips:Strips",
         "sinusoid": "untrojan.triggers.sinusoid:Sinusoid",
         "warp": "untrojan.triggers.warp:Warp",
         "gotham": "untrojan.triggers.filters:Gotham",

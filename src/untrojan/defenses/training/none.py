@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.training.report import TrainingReport, keeping_every_class
 from untrojan.errors import UntrojanError
-from untrojan.models.channels import channel_activations, norms_after, weighted_layers
+from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.registry import build_for
 from untrojan.training.loop import train
@@ -159,10 +159,8 @@ class NONE:
         )
         for number in range(self.rounds):
             analysis = self.analyse(model, data)
-            apart = analysis.separation >= self.separation
-            dropped = analysis.suspects if apart else torch.zeros_like(dropped)
-            dropped, kept_whole = keeping_every_class(dropped, data)
-            self._reset(model, data, analysis)
+            dropped, kept_whole = keeping_every_class(self.dropped(analysis), data)
+            self.reset(model, to_float(data.images[:1], model.device), analysis)
             place = None if checkpoint is None else checkpoint.with_name(f"round{number}-{checkpoint.name}")
             more = train(
                 model, data.select(~dropped), onward, seed=self.seed + 1 + number, checkpoint=place,
@@ -176,20 +174,41 @@ class NONE:
                     "suspects": int(analysis.suspects.sum()),
                     "dropped": int(dropped.sum()),
                     "classes_kept_whole": kept_whole,
-                    "notes": _notes(analysis, apart, [data.class_names[label] for label in kept_whole]),
+                    "notes": _notes(
+                        analysis,
+                        analysis.separation >= self.separation,
+                        [data.class_names[label] for label in kept_whole],
+                    ),
                 }
             )
         return TrainingReport(model, dropped, history, {"rounds": found})
 
     def analyse(self, model: Classifier, data: ImageSet) -> Analysis:
         """Compromised channels and the images that excite them. The model is left as it was."""
-        reduction: Literal["max", "mean"] = "max" if self.mode == "released" else "mean"
-        activations, logits = channel_activations(model, data.images, reduction)
+        activations, logits = channel_activations(model, data.images, self.reduction)
+        return self.judge(activations, logits.softmax(1))
+
+    @property
+    def reduction(self) -> Reduction:
+        """What of a channel's places :meth:`judge` looks at."""
+        return "max" if self.mode == "released" else "mean"
+
+    def judge(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
+        """The analysis where the images are elsewhere, as in federated learning.
+
+        ``activations`` are (N, C) by layer, as :func:`~untrojan.models.channels.channel_activations` gives
+        them by ``reduction``; ``probabilities`` (N, K). Raises UntrojanError where there is no layer.
+        """
         if not activations:
             raise UntrojanError("NONE needs layers before the last one, with weights that are trained")
         if self.mode == "released":
-            return self._released(activations, logits.softmax(1))
+            return self._released(activations, probabilities)
         return self._paper(activations)
+
+    def dropped(self, analysis: Analysis) -> Tensor:
+        """bool (N,): the suspects where two groups of images are really there, else none."""
+        apart = analysis.separation >= self.separation
+        return analysis.suspects if apart else torch.zeros_like(analysis.suspects)
 
     def _released(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
         compromised, excitement = {}, torch.zeros(len(probabilities))
@@ -222,8 +241,11 @@ class NONE:
                 suspects |= (own > split.at) & apart
         return Analysis(compromised, suspects, best)
 
-    def _reset(self, model: Classifier, data: ImageSet, analysis: Analysis) -> None:
-        image = to_float(data.images[:1], model.device)
+    def reset(self, model: Classifier, image: Tensor, analysis: Analysis) -> None:
+        """Zero the compromised channels of ``model`` itself, or draw them anew in mode paper.
+
+        ``image`` is any float (1, C, H, W): it only shows which norm follows which layer.
+        """
         layers, norms = weighted_layers(model, image), norms_after(model, image)
         random = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Federated learning under attack, and NONE where the images stay with the clients."""
