@@ -182,7 +182,6 @@ def test_what_is_pruned_stays_pruned_and_is_as_good_as_masked(backdoored: Backdo
     assert looks[0]["benign_accuracy"] - looks[-1]["benign_accuracy"] <= 0.1
     linear = report.model.get_submodule("network.linear")
     assert isinstance(linear, nn.Linear)
-    assert report.model.network.features[10] is not None  # type: ignore[index]
     by_channel = linear.weight.view(4, 32, -1).abs().sum((0, 2))
     assert by_channel[pruned].eq(0).all()
     assert int((by_channel == 0).sum()) == len(pruned)
