@@ -43,7 +43,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Backdoored:
-    """A small net that has learned a white corner as the way to class 1, and what a defender has to mend it."""
+    """A small net that has learned a patch as the way to class 1, and what a defender has to mend it."""
 
     model: Classifier
     clean: ImageSet

@@ -35,6 +35,10 @@ def repair(
     method_option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the method; repeatable.")
     ] = None,
+    tried: Annotated[
+        list[str] | None,
+        typer.Option("--try", metavar="NAME", help="What auto tries instead of the quick ones; repeatable."),
+    ] = None,
     share: Annotated[
         float | None,
         typer.Option(
@@ -78,10 +82,14 @@ def repair(
     from untrojan.repair import RepairOptions, clean_images, metrics_of, run_repair
     from untrojan.runs import RunFolder
 
-    given = {
+    given: dict[str, Any] = {
         "method": method, "method_options": inputs.key_values(method_option, "--method-option"),
         "share": share, "hold_out": hold_out, "tolerance": tolerance, "scan": scan, "seed": seed,
     }  # fmt: skip
+    if tried:
+        if method != "auto":
+            raise UntrojanError("--try is for auto: leave out --method, or --try")
+        given["tried"] = list(dict.fromkeys(tried))
     asked = validated(RepairOptions, given, "repair")
     repairs = asked.repairs()
     _keep_apart(model, data, out)

@@ -81,7 +81,7 @@ class NeuronPruning:
             raise UntrojanError("neuron pruning needs clean images of other classes than the target")
         stamped = to_bytes(trigger(others.float() / 255))
         order = pruning_order(features_of(model, others), features_of(model, stamped))
-        repaired = trainable(model)
+        repaired = trainable(model).eval()
         last = _last_layer(repaired, clean)
         count = max(1, round(self.step * len(order)))
         history = [self._look(repaired, clean, stamped, target, 0.0)]
