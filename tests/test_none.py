@@ -273,27 +273,29 @@ def test_nothing_dropped_is_said_in_words() -> None:
 
 
 def test_a_layer_that_runs_twice_is_one_and_frozen_ones_are_left_alone() -> None:
+    given = list(backdoored().network.children())
+
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.shared = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
-            self.last = nn.Linear(8, CLASSES)
-            self.stem.weight.requires_grad_(False)
+            self.stem, self.last = given[0], given[-1]
+            self.shared = nn.Conv2d(8, 8, 1)
+            with torch.no_grad():
+                self.shared.weight.copy_(torch.eye(8)[:, :, None, None])
+                self.shared.bias.zero_()  # type: ignore[union-attr]
+            self.stem.requires_grad_(False)
 
         def forward(self, images: Tensor) -> Tensor:
             features = self.shared(self.shared(self.stem(images).relu()).relu()).relu()
-            return self.last(features.mean((2, 3)))  # type: ignore[no-any-return]
+            return self.last(features.flatten(1))  # type: ignore[no-any-return]
 
-    torch.manual_seed(0)
     model = Classifier(Twice(), CLASSES, torch.zeros(3), torch.ones(3))
-    with torch.no_grad():
-        # As confident as if it had been trained: random features, but certain of them.
-        model.network.last.weight.mul_(300)  # type: ignore[operator, union-attr]
-    report = NONE(share=0.25, epochs=1).defend(model, poisoned_blocks(), QUICK)
-    assert set(report.evidence["rounds"][0]["compromised"]) == {"network.shared"}
-    ours, given = report.model.state_dict(), model.state_dict()
-    assert torch.equal(ours["network.stem.weight"], given["network.stem.weight"])
-    assert not torch.equal(ours["network.shared.weight"], given["network.shared.weight"])
+    report = NONE(share=0.125, epochs=1).defend(model, poisoned_blocks(), QUICK)
+    assert report.evidence["rounds"][0]["compromised"] == {"network.shared": [BACKDOOR]}
+    ours, before = report.model.state_dict(), model.state_dict()
+    assert torch.equal(ours["network.stem.weight"], before["network.stem.weight"])
+    assert float(before["network.shared.weight"][BACKDOOR].abs().max()) == 1.0
+    assert success(report.model) == 0.0
     model.requires_grad_(False)
     with pytest.raises(UntrojanError, match="with weights that are trained"):
         NONE().defend(model, poisoned_blocks(), QUICK)
