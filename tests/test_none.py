@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from untrojan.data.image_set import ImageSet, numbered
-from untrojan.defenses.training.none import NONE, linearity_scores, two_groups
+from untrojan.defenses.training.none import NONE, Analysis, linearity_scores, two_groups
 from untrojan.errors import UntrojanError
 from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, predictions_of
@@ -222,3 +222,80 @@ def test_a_net_of_one_layer_is_refused() -> None:
     )
     with pytest.raises(UntrojanError, match="layers before the last"):
         NONE().analyse(model, poisoned_blocks())
+
+
+def test_a_net_without_convolutions_is_defended_by_its_linear_layers() -> None:
+    data = poisoned_blocks()
+    hidden, last = nn.Linear(768, 8), nn.Linear(8, CLASSES)
+    like = backdoored().state_dict()
+    with torch.no_grad():
+        hidden.weight.copy_(like["network.0.weight"].flatten(1))
+        hidden.bias.copy_(like["network.0.bias"])
+        last.weight.copy_(like["network.3.weight"])
+        last.bias.copy_(like["network.3.bias"])
+    network = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), last)
+    model = Classifier(network, CLASSES, torch.zeros(3), torch.ones(3))
+    report = NONE(share=0.125, epochs=1).defend(model, data, QUICK)
+    assert report.evidence["rounds"][0]["compromised"] == {"network.1": [BACKDOOR]}
+    assert torch.equal(report.dropped, torch.arange(400) < 40)
+    assert (accuracy(report.model), success(report.model)) == (1.0, 0.0)
+
+
+def test_without_a_confident_prediction_nothing_is_reset_or_dropped() -> None:
+    model, data = backdoored(), poisoned_blocks()
+    with torch.no_grad():
+        model.network[-1].weight.mul_(1e-3)  # type: ignore[index, union-attr, operator]
+    report = NONE(share=0.125, epochs=1, learning_rate=1e-9).defend(model, data, QUICK)
+    found = report.evidence["rounds"][0]
+    assert (found["compromised"], found["dropped"], found["separation"]) == ({}, 0, 0.0)
+    assert "no neuron is compromised" in found["notes"][0]
+    torch.testing.assert_close(report.model.state_dict(), model.state_dict(), atol=1e-6, rtol=0)
+
+
+def test_where_everything_is_suspected_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = poisoned_blocks()
+    everything = Analysis({"network.0": torch.tensor([BACKDOOR])}, torch.ones(400, dtype=torch.bool), 99.0)
+    monkeypatch.setattr(NONE, "analyse", lambda *_: everything)
+    report = NONE(epochs=1).defend(backdoored(), data, QUICK)
+    assert not bool(report.dropped.any())
+    found = report.evidence["rounds"][0]
+    assert (found["suspects"], found["classes_kept_whole"]) == (400, [0, 1, 2, 3])
+    assert "all images of a, b, c, d look like poison" in found["notes"][0]
+
+
+def test_nothing_dropped_is_said_in_words() -> None:
+    strict = NONE(share=0.125, epochs=1, separation=1e9)
+    report = strict.defend(backdoored(), poisoned_blocks(), QUICK)
+    assert not bool(report.dropped.any())
+    assert report.evidence["rounds"][0]["notes"] == [
+        "the images do not fall into two groups: none was dropped"
+    ]
+
+
+def test_a_layer_that_runs_twice_is_one_and_frozen_ones_are_left_alone() -> None:
+    given = list(backdoored().network.children())
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = given[0], given[-1]
+            self.shared = nn.Conv2d(8, 8, 1)
+            with torch.no_grad():
+                self.shared.weight.copy_(torch.eye(8)[:, :, None, None])
+                self.shared.bias.zero_()  # type: ignore[union-attr]
+            self.stem.requires_grad_(False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            features = self.shared(self.shared(self.stem(images).relu()).relu()).relu()
+            return self.last(features.flatten(1))  # type: ignore[no-any-return]
+
+    model = Classifier(Twice(), CLASSES, torch.zeros(3), torch.ones(3))
+    report = NONE(share=0.125, epochs=1).defend(model, poisoned_blocks(), QUICK)
+    assert report.evidence["rounds"][0]["compromised"] == {"network.shared": [BACKDOOR]}
+    ours, before = report.model.state_dict(), model.state_dict()
+    assert torch.equal(ours["network.stem.weight"], before["network.stem.weight"])
+    assert float(before["network.shared.weight"][BACKDOOR].abs().max()) == 1.0
+    assert success(report.model) == 0.0
+    model.requires_grad_(False)
+    with pytest.raises(UntrojanError, match="with weights that are trained"):
+        NONE().defend(model, poisoned_blocks(), QUICK)

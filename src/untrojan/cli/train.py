@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -10,10 +11,14 @@ from untrojan.cli import inputs, options
 from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
+    from untrojan.cost import Cost
     from untrojan.data.image_set import ImageSet
     from untrojan.defenses.training.registry import TrainingDefense
+    from untrojan.defenses.training.report import TrainingReport
     from untrojan.runs import RunFolder
     from untrojan.training.recipe import Recipe
 
@@ -23,11 +28,12 @@ def train(
     out: options.Out,
     net: options.Net = "patch-cnn",
     defense: Annotated[
-        Literal["plain", "none", "abl", "pgd", "uap"],
+        Literal["plain", "none", "abl", "dp-sgd", "dbd", "cleanse-none", "pgd", "uap"],
         typer.Option(
             help="plain; none (NONE): find the neurons a backdoor needs, reset them, train on; abl: unlearn "
-            "the images that are learned first; pgd, uap: adversarial training, with a perturbation "
-            "for each image or one for all."
+            "the images that are learned first; dp-sgd: bound each image's pull and add noise; dbd: learn "
+            "features without labels, then believe half of these; cleanse-none: audit, remove, then NONE; "
+            "pgd, uap: adversarial training, with a perturbation for each image or one for all."
         ),
     ] = "plain",
     defense_option: Annotated[
@@ -53,8 +59,8 @@ def train(
 ) -> None:
     """Train a classifier; a run that was cut off goes on where it was.
 
-    Writes model.safetensors, history.csv and metrics.json to the folder and, with a defence, dropped.csv: the
-    images it did not trust in the end.
+    Writes model.safetensors, history.csv, metrics.json and report.html to the folder and, with a defence,
+    dropped.csv: the images it did not trust in the end.
 
     Example: [bold]untrojan train signs --net cnn --epochs 5 --out model[/bold]
 
@@ -67,7 +73,6 @@ def train(
     from untrojan.models.registry import check_name
     from untrojan.registry import options_of
     from untrojan.runs import RunFolder
-    from untrojan.training.loop import train_new
 
     check_name(net)
     changes = {
@@ -87,14 +92,10 @@ def train(
     with RunFolder(out, "train", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)
         folder.use_data("train", splits.train)
-        checkpoint = folder.work / "training.pt"
         metrics: dict[str, Any] = {}
-        if chosen is None:
-            model, history = train_new(splits.train, net, recipe, seed=seed, checkpoint=checkpoint)
-            rows = history.to_json()
-        else:
-            report = chosen(splits.train, net, recipe, checkpoint=checkpoint)
-            model, rows = report.model, report.history
+        report, cost = _trained(chosen, splits.train, net, recipe, seed, folder.work / "training.pt")
+        model, rows = report.model, report.history
+        if chosen is not None:
             _write_dropped(folder, splits.train, report.dropped)
             metrics |= {"dropped": int(report.dropped.sum()), "defense": report.evidence}
         metrics |= {
@@ -106,6 +107,7 @@ def train(
         )
         folder.write_json("metrics.json", metrics)
         save_checkpoint(folder.staged("model.safetensors"), model, splits.train.class_names)
+        _write_page(folder, splits.train, report, config, metrics, cost)
     if chosen is not None:
         options.say(
             f"images dropped: {metrics['dropped']} of {len(splits.train)}, see {out / 'dropped.csv'}",
@@ -114,6 +116,25 @@ def train(
     options.say(f"accuracy while training: {options.share(metrics['training_accuracy'])}", quiet=quiet)
     options.say(f"accuracy on test images: {options.share(metrics['benign_accuracy'])}", quiet=quiet)
     options.say(f"model: {out / 'model.safetensors'}", quiet=quiet)
+    options.say(f"report: {out / 'report.html'}", quiet=quiet)
+
+
+def _trained(
+    chosen: TrainingDefense | None, data: ImageSet, net: str, recipe: Recipe, seed: int, checkpoint: Path
+) -> tuple[TrainingReport, Cost]:
+    """By the chosen defence, or plainly, which drops nothing."""
+    import torch
+
+    from untrojan.cost import measure
+    from untrojan.defenses.training.report import TrainingReport
+    from untrojan.training.loop import train_new
+
+    with measure() as cost:
+        if chosen is not None:
+            return chosen(data, net, recipe, checkpoint=checkpoint), cost
+        model, history = train_new(data, net, recipe, seed=seed, checkpoint=checkpoint)
+    nothing = torch.zeros(len(data), dtype=torch.bool)
+    return TrainingReport(model, nothing, history.to_json()), cost
 
 
 def _defense(name: str, given: list[str] | None, seed: int) -> TrainingDefense | None:
@@ -122,9 +143,7 @@ def _defense(name: str, given: list[str] | None, seed: int) -> TrainingDefense |
     settings = inputs.key_values(given, "--defense-option")
     if name == "plain":
         if settings:
-            raise UntrojanError(
-                "--defense-option needs a defence: add --defense none, abl, pgd or uap, or drop it"
-            )
+            raise UntrojanError("--defense-option needs a defence: add --defense none, say, or drop it")
         return None
     return TRAINING_DEFENSES.build(name, {"seed": seed, **settings})
 
@@ -133,6 +152,51 @@ def _write_dropped(folder: RunFolder, train: ImageSet, dropped: Tensor) -> None:
     rows = dropped.nonzero().flatten().tolist()
     lines = [(str(train.ids[row]), train.class_names[int(train.labels[row])]) for row in rows]
     folder.write_csv("dropped.csv", ("id", "label"), lines)
+
+
+def _write_page(
+    folder: RunFolder,
+    train: ImageSet,
+    report: TrainingReport,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    cost: Cost,
+) -> None:
+    from untrojan.registry import options_of
+    from untrojan.report.audit_page import RunFacts, StageCost
+    from untrojan.report.training_page import render_training, training_page
+    from untrojan.runs import hardware, versions
+
+    defense = config.get("defense")
+    facts = RunFacts(
+        command=f"untrojan {folder.command}",
+        method="plain" if defense is None else defense["name"],
+        seed=config["seed"],
+        fingerprint=train.fingerprint(),
+        settings={
+            **options_of(config["recipe"]),
+            **{f"defence: {key}": value for key, value in (defense or {}).items() if key != "name"},
+        },
+        versions=versions(),
+        hardware={key: str(value) for key, value in hardware().items()},
+        stages=(StageCost("training", **asdict(cost)),),
+    )
+    weights = ((path, getattr(module, "weight", None)) for path, module in report.model.named_modules())
+    page = training_page(
+        train,
+        defense="plain" if defense is None else defense["name"],
+        subject=config["data"],
+        architecture=report.model.architecture,
+        dropped=None if defense is None else report.dropped,
+        evidence=report.evidence,
+        widths={path: len(weight) for path, weight in weights if weight is not None},
+        history=report.history,
+        benign_accuracy=metrics["benign_accuracy"],
+        training_accuracy=metrics["training_accuracy"],
+        run=facts,
+        listing="dropped.csv",
+    )
+    folder.write_text("report.html", render_training(page))
 
 
 def _recipe(preset: str, changes: dict[str, object]) -> Recipe:

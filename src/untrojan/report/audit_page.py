@@ -233,7 +233,7 @@ def render_audit(page: AuditPage) -> str:
             heat_map=_heat_map(page),
             smallest=_smallest_pairs(page),
             histogram=_histogram(page),
-            thumbnails=_thumbnails(page),
+            thumbnails=thumbnails(page.flagged),
             learning=_learning(page),
             has_failures=_has_failures(page),
         )
@@ -341,8 +341,8 @@ def _examples(found: TargetFinding, sharing: int) -> list[dict[str, Any]]:
     ]
 
 
-def _thumbnails(page: AuditPage) -> list[dict[str, Any]]:
-    flagged = page.flagged
+def thumbnails(flagged: FlaggedImages | None) -> list[dict[str, Any]]:
+    """Some of the images, encoded within the budget, with what is known of each."""
     if flagged is None or not len(flagged.images):
         return []
     images = flagged.images[:MOST_THUMBNAILS]
