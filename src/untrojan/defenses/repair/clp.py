@@ -29,7 +29,7 @@ def channel_norms(
     """How far each output channel of a convolution can amplify its input, (C_out,) in float64.
 
     ``weight`` is (C_out, C_in, H, W); ``scale`` (C_out,) is what the batch norm behind it multiplies each
-    channel by. ``kernel`` is the paper's (section 4.2): the spectral norm of the filter as a C_in by H*W
+    channel by. ``kernel`` is the paper's: the spectral norm of the filter as a C_in by H*W
     matrix. ``operator`` is the norm of the channel as the linear map it is on images, stride 1: the largest
     over frequencies w of ||K(w)||, K the filter's Fourier transform; exact for periodic images of ``side``
     pixels a side. It is larger than the former by a factor between 1 and sqrt(H*W), not the same for each.
@@ -51,7 +51,7 @@ def channel_norms(
 
 
 def outlying(norms: Tensor, deviations: float) -> Tensor:
-    """bool (C,): above the mean by more than so many standard deviations (equation 9)."""
+    """bool (C,): above the mean by more than so many standard deviations."""
     if len(norms) < 2:
         return torch.zeros_like(norms, dtype=torch.bool)
     return norms > norms.mean() + deviations * norms.std()
