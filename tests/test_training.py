@@ -81,6 +81,43 @@ def test_killed_run_resumes_bit_for_bit(
     assert [e.accuracy for e in history.epochs] == [e.accuracy for e in expected.epochs]
 
 
+def test_hooks_that_keep_a_state_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("untrojan.training.loop.CHECKPOINT_SECONDS", 0.0)
+    data, steps = coloured(), 3 * 7
+
+    def run(model: Classifier, checkpoint: Path | None, end: int = steps) -> Tensor:
+        total = torch.zeros(2)
+
+        def after_step(model: Classifier) -> None:
+            last = model.network[6]  # type: ignore[index]
+            with torch.no_grad():
+                last.weight.clamp_(-0.2, 0.2)
+                # What is to come depends on all that was: only an exact state goes on exactly.
+                total[0] = 0.9 * total[0] + last.weight[0, 0]
+                last.bias.add_(0.01 * total[0])
+            total[1] += 1
+            if total[1] >= end:
+                raise KeyboardInterrupt
+
+        try:
+            train(
+                model, data, QUICK, seed=5, checkpoint=checkpoint, after_step=after_step, state={"t": total}
+            )
+        except KeyboardInterrupt:
+            assert end <= steps
+        return total
+
+    whole, killed, resumed = tiny_net(), tiny_net(), tiny_net(seed=9)
+    expected = run(whole, None, steps + 99)
+    for place, end in (("early.pt", 4), ("late.pt", 16)):
+        run(killed, tmp_path / place, end)
+        assert torch.equal(run(resumed, tmp_path / place, steps + 99), expected)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+        killed, resumed = tiny_net(), tiny_net(seed=9)
+    assert float(whole.network[6].weight.detach().abs().max()) == pytest.approx(0.2)  # type: ignore[index]
+
+
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     checkpoint, data = tmp_path / "victim.pt", coloured()
     train(tiny_net(), data, QUICK, checkpoint=checkpoint)

@@ -20,7 +20,7 @@ PROTOCOLS: Mapping[str, PGD] = {
     "gtsrb": PGD(0.03, 0.001, 100),
     "lisa": PGD(0.1, 0.01, 100),
 }
-"""The attack by data set. DECK's bounds (appendix C); steps and their length as in MOTH's code, whose
+"""The attack by data set. DECK's bounds (appendix III-C); steps and their length as in MOTH's code, whose
 protocol it is."""
 
 

@@ -51,7 +51,7 @@ def pgd(
 
 @dataclass(frozen=True)
 class PGD:
-    """:func:`pgd` with its settings; the defaults are those of CIFAR-10 in DECK (appendix C)."""
+    """:func:`pgd` with its settings; the defaults are those of CIFAR-10 in DECK (appendix III-C)."""
 
     epsilon: Annotated[float, Interval(ge=0, le=1)] = 8 / 255
     step: Annotated[float, Interval(ge=0, le=1)] = 2 / 255

@@ -35,7 +35,7 @@ def masked_weights(
 ) -> dict[str, Tensor]:
     """Each layer's weight times (mask + noise) and its bias times (1 + its noise), by parameter name.
 
-    Masks and noises are (C,), one number an output channel (section 4.1, equation 4).
+    Masks and noises are (C,), one number an output channel.
     """
     replaced = {}
     for (path, layer), mask, noise, bias_noise in zip(layers.items(), masks, noises, biases, strict=True):

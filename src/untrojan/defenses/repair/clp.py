@@ -23,14 +23,16 @@ from untrojan.models.frozen import trainable
 Bound = Literal["kernel", "operator"]
 
 
-def channel_norms(weight: Tensor, scale: Tensor | None = None, bound: Bound = "kernel") -> Tensor:
+def channel_norms(
+    weight: Tensor, scale: Tensor | None = None, bound: Bound = "kernel", side: int = 32
+) -> Tensor:
     """How far each output channel of a convolution can amplify its input, (C_out,) in float64.
 
     ``weight`` is (C_out, C_in, H, W); ``scale`` (C_out,) is what the batch norm behind it multiplies each
-    channel by. ``kernel`` is the paper's (section 4.2): the spectral norm of the filter as a C_in by H*W
+    channel by. ``kernel`` is the paper's: the spectral norm of the filter as a C_in by H*W
     matrix. ``operator`` is the norm of the channel as the linear map it is on images, stride 1: the largest
-    over frequencies w of ||K(w)||, K the filter's Fourier transform; exact for periodic images of 32 pixels a
-    side, and larger than the former by a factor between 1 and sqrt(H*W), which differs from filter to filter.
+    over frequencies w of ||K(w)||, K the filter's Fourier transform; exact for periodic images of ``side``
+    pixels a side. It is larger than the former by a factor between 1 and sqrt(H*W), not the same for each.
     """
     filters = weight.detach().double().flatten(2)
     # Both norms are of the filter's places among themselves, whatever the number of input channels.
@@ -39,7 +41,7 @@ def channel_norms(weight: Tensor, scale: Tensor | None = None, bound: Bound = "k
         squares: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
     else:
         rows, columns = torch.meshgrid(*(torch.arange(n) for n in weight.shape[2:]), indexing="ij")
-        angles = 2 * torch.pi * torch.arange(32, dtype=torch.float64, device=gram.device) / 32
+        angles = 2 * torch.pi * torch.arange(side, dtype=torch.float64, device=gram.device) / side
         across = torch.outer(angles, columns.flatten().to(angles))
         down = torch.outer(angles, rows.flatten().to(angles))
         phases = torch.exp(1j * (down[:, None] + across[None]).flatten(0, 1))
@@ -49,7 +51,7 @@ def channel_norms(weight: Tensor, scale: Tensor | None = None, bound: Bound = "k
 
 
 def outlying(norms: Tensor, deviations: float) -> Tensor:
-    """bool (C,): above the mean by more than so many standard deviations (equation 9)."""
+    """bool (C,): above the mean by more than so many standard deviations."""
     if len(norms) < 2:
         return torch.zeros_like(norms, dtype=torch.bool)
     return norms > norms.mean() + deviations * norms.std()

@@ -33,7 +33,7 @@ def sharpest_direction(
     """The step e of all weights together that raises the loss most to first order, within ``rho``.
 
     Plainly rho g / ||g||, with ||e|| <= rho. ``adaptive`` measures each weight's step against the weight
-    itself, ||e / |w||| <= rho, which gives rho w^2 g / |||w| g|| (FT-SAM, equation 5).
+    itself, ||e / |w||| <= rho, which gives rho w^2 g / |||w| g||.
     """
     scales = [weight.abs() if adaptive else torch.ones_like(weight) for weight in weights]
     scaled = [scale * gradient for scale, gradient in zip(scales, gradients, strict=True)]

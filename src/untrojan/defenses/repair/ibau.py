@@ -42,7 +42,7 @@ def implicit_gradients(
     """What ``weights`` do to ``outer`` through ``variable``, the minimiser of ``inner`` given the weights.
 
     With H the second derivative of ``inner`` in the variable, -d(d inner / d variable . v) / d weights for
-    the v of H v = d outer / d variable (implicit function theorem; equation 4 of the paper). ``fixed_point``
+    the v of H v = d outer / d variable (implicit function theorem). ``fixed_point``
     adds up the Neumann series v <- v - rate H v + d outer / d variable, from zero, times ``rate``;
     ``conjugate_gradient`` ends early at a direction of no positive curvature. ``inner`` and ``outer`` are
     scalars on the graph of both; ``outer`` keeps its graph.
@@ -92,7 +92,7 @@ def projected(perturbation: Tensor, radius: float, norm: Norm) -> Tensor:
 @dataclass(frozen=True)
 class IBAU:
     """Alternate between the perturbation of all images that raises the loss most, and weights that lower it
-    for perturbed images, with the perturbation's own dependence on the weights (algorithm 1).
+    for perturbed images, with the perturbation's own dependence on the weights.
 
     The defaults are the released code's. Against it, perturbed images are clipped to [0, 1], as images are;
     the perturbation is kept in its ball, which the code has commented out; it is found with true labels and

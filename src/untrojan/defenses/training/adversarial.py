@@ -26,8 +26,9 @@ from untrojan.training.recipe import Recipe
 class AdversarialTraining:
     """Train on adversarial images alone, found anew for each batch after augmentation.
 
-    The bounds are DECK's (appendix C): 8/255 for CIFAR-10, .03 for SVHN and GTSRB, .1 for LISA; the attack is
-    that of MOTH's code: 7 steps of 2/255 for CIFAR-10, 8 of .005 for SVHN and GTSRB, 8 of .02 for LISA.
+    The bounds are DECK's (appendix III-C): 8/255 for CIFAR-10, .03 for SVHN and GTSRB, .1 for LISA; the
+    attack is that of MOTH's code: 7 steps of 2/255 for CIFAR-10, 8 of .005 for SVHN and GTSRB, 8 of .02
+    for LISA.
     """
 
     epsilon: Annotated[float, Interval(ge=0, le=1)] = 8 / 255

@@ -1,6 +1,6 @@
 """Universal adversarial training: one perturbation of all images, learned along with the weights.
 
-Shafahi et al., "Universal Adversarial Training", AAAI 2020, algorithms 2 and 3.
+Shafahi et al., "Universal Adversarial Training", AAAI 2020.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def ascended(perturbation: Tensor, gradient: Tensor, epsilon: float, step: float
 class UniversalAdversarialTraining:
     """Descend in the weights and ascend in a perturbation that all images share, a step of each a batch.
 
-    The bounds are DECK's (appendix C): 4/255 for CIFAR-10, .05 for SVHN, .03 for LISA and GTSRB.
+    The bounds are DECK's (appendix III-C): 4/255 for CIFAR-10, .05 for SVHN, .03 for LISA and GTSRB.
     """
 
     epsilon: Annotated[float, Interval(gt=0, le=1)] = 4 / 255
     step: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Of the perturbation; ``epsilon`` where it is not given."""
     simultaneous: bool = False
-    """Both steps from one gradient (algorithm 3), at half the cost; else the perturbation's is taken after
-    the weights', at the new weights in evaluation mode (algorithm 2)."""
+    """Both steps from one gradient, at half the cost; else the perturbation's is taken after
+    the weights', at the new weights in evaluation mode."""
     loss_cap: Annotated[float, Gt(0)] | None = None
     """An image's cross-entropy is clipped to so much in the perturbation's objective (beta);
     none by default."""
