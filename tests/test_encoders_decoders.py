@@ -66,7 +66,7 @@ def test_nearest_and_swwae_invert_what_they_can() -> None:
 def test_before_pooling_is_what_is_pooled_and_odd_sides_are_continued() -> None:
     encoder = random_encoder(stages=2)
     images = 255 * torch.rand(3, 3, 18, 13)
-    encoding = encoder.encode(images)
+    encoding = encoder.encode(images, before=True)
     assert encoding.features.shape == (3, 12, 5, 4)
     assert [tuple(each.shape[1:]) for each in encoding.before_pooling] == [(8, 20, 16), (12, 10, 8)]
     pooled = nn.functional.max_pool2d(encoding.before_pooling[-1], 2)

@@ -23,7 +23,7 @@ from untrojan.inversion.feature_space import (
 )
 from untrojan.metrics.images import ssim, structural_similarity
 from untrojan.models.classifier import Classifier, predictions_of, to_float
-from untrojan.models.decoders import RECIPE, Decoder, train_decoder
+from untrojan.models.decoders import RECIPE, Decoder, Upsampling, reconstruct, train_decoder
 from untrojan.models.encoders import Encoder, load_encoder
 from untrojan.training.loop import train_new
 from untrojan.training.recipe import Recipe
@@ -72,6 +72,19 @@ def test_identity_is_the_plain_reconstruction(regions: int, kernel: int, channel
         plain = decoder(features, decoder.noise(1, 8, 8)).mean(1, keepdim=True).clamp(0, 255) / 255
     embedded = pattern.embed(identity_parameters(pattern, image[0]), image[None])
     torch.testing.assert_close(embedded[0], plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("upsampling", ["gaussian", "nearest", "zero", "swwae"])
+def test_every_decoder_decodes_what_was_transformed(upsampling: Upsampling) -> None:
+    pattern = small_pattern()
+    torch.manual_seed(1)
+    decoder = Decoder(pattern.encoder, upsampling).requires_grad_(False)
+    decoder.psnr = 99.0
+    pattern = replace(pattern, decoder=decoder)
+    images = (255 * images_of(1)).byte()
+    embedded = pattern.embed(identity_parameters(pattern, images[0] / 255), images[None] / 255)
+    difference = 255 * embedded[0] - reconstruct(pattern.encoder, decoder, images)
+    assert float(difference.abs().max()) < 0.51
 
 
 def test_statistics_are_those_asked_for() -> None:

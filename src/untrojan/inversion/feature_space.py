@@ -24,11 +24,15 @@ STATISTICS_UNIT = 2550.0
 """Pixel levels to a parameter's one. Adam's steps are alike for all parameters, so that its 1e-3 for
 kernels is 1e-2 of the pixel range for means and deviations."""
 
+IMAGES_A_FORWARD = 128
+"""More outgrow a processor's caches: 512 cost half as much again each. An accelerator wants thousands."""
+
 PAPER = Schedule(
     Adam(1e-3, (0.5, 0.9)),
     images_a_side=100,
     flip_fraction=0.9,
     most_steps=300,
+    images_a_forward=IMAGES_A_FORWARD,
     shrink=Shrink(cost=1e-2, look_every=1, patience=10, rise=1.5, fall=1.5**1.5, give_up=300),
 )
 """Section V-A: 100 images, 300 steps, 90 % flipped. The paper leaves open how its alpha moves: this is
@@ -39,6 +43,7 @@ FAST = Schedule(
     images_a_side=16,
     flip_fraction=0.9,
     most_steps=200,
+    images_a_forward=IMAGES_A_FORWARD,
     shrink=Shrink(cost=1e-2, look_every=4, patience=2, rise=1.5, fall=1.5**1.5, give_up=20),
 )
 
@@ -142,7 +147,7 @@ class FeatureSpacePattern:
         found = self.unpack(parameters)
         pixels = 255 * images.expand(-1, -1, 3, -1, -1)
         normalised = with_statistics(pixels, found.mean[:, None], found.deviation[:, None])
-        encoding = self.encoder.encode(normalised.flatten(0, 1), self.decoder.upsampling == "swwae")
+        encoding = self.encoder.encode(normalised.flatten(0, 1), switches=self.decoder.switched)
         features = encoding.features.unflatten(0, (pairs, count))
         changed = regional_convolution(features, found.kernels).flatten(0, 1)
         rows, columns = changed.shape[2:]

@@ -130,6 +130,11 @@ class Decoder(nn.Module):
             )
         return value
 
+    @property
+    def switched(self) -> bool:
+        """Whether it needs the encoder's switches."""
+        return self.upsampling == "swwae"
+
     def deviation(self, depth: int) -> Tensor:
         """(C,): the deviation of each channel of what the encoder's stage pools, in pixel levels."""
         return self.get_buffer(f"deviation{depth}")
@@ -177,7 +182,7 @@ def reconstruct(encoder: Encoder, decoder: Decoder, images: Tensor, *, seed: int
     height, width = images.shape[2:]
     done = []
     for batch in images.split(256):
-        encoding = encoder.encode(batch.to(encoder.mean.device).float(), decoder.upsampling == "swwae")
+        encoding = encoder.encode(batch.to(encoder.mean.device).float(), switches=decoder.switched)
         rows, columns = encoding.features.shape[2:]
         noise = decoder.noise(len(batch), rows, columns, seed)
         decoded = decoder(encoding.features, noise, encoding.switches)[..., :height, :width]
@@ -293,7 +298,7 @@ def _patches(images: Tensor, seed: int) -> Tensor:
 
 @torch.no_grad()
 def _measure_deviations(decoder: Decoder, encoder: Encoder, images: Tensor) -> None:
-    encoding = encoder.encode(images.to(encoder.mean.device).float())
+    encoding = encoder.encode(images.to(encoder.mean.device).float(), before=True)
     for depth, activations in enumerate(encoding.before_pooling):
         decoder.deviation(depth).copy_(activations.std((0, 2, 3)))
 
@@ -313,7 +318,7 @@ def _fit(
 
     def loss(model: Classifier, batch: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            encoding = encoder.encode(255 * batch, decoder.upsampling == "swwae")
+            encoding = encoder.encode(255 * batch, switches=decoder.switched)
         height, width = batch.shape[2:]
         decoded = decoder(encoding.features, None, encoding.switches)[..., :height, :width]
         errors = (decoded / 255 - batch).square().flatten(1).mean(1)

@@ -47,7 +47,7 @@ class Encoding:
     features: Tensor
     """(N, C', H / f, W / f)."""
     before_pooling: tuple[Tensor, ...]
-    """The activations that each stage pools, shallow to deep: twice the side of what it passes on."""
+    """Where asked for, the activations that each stage pools, shallow to deep."""
     switches: tuple[Tensor, ...]
     """Where asked for, the places of each stage's maxima, for :func:`torch.nn.functional.max_unpool2d`."""
 
@@ -97,8 +97,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.encode(images).features
 
-    def encode(self, images: Tensor, switches: bool = False) -> Encoding:
-        """Features with what lay before each pooling, and the maxima's places where ``switches``.
+    def encode(self, images: Tensor, *, before: bool = False, switches: bool = False) -> Encoding:
+        """Features, with what lay before each pooling and with the places of the maxima where asked for.
 
         Raises UntrojanError where switches are asked of an encoder that does not pool by maximum.
         """
@@ -108,10 +108,11 @@ class Encoder(nn.Module):
             images = F.pad(images, (0, right, 0, bottom), mode="replicate")
         value = (images.expand(-1, 3, -1, -1) - self.mean) / self.std
         scale = self.std.mean()
-        before, places = [], []
+        kept, places = [], []
         for block, pool in zip(self.blocks, self.pools, strict=True):
             activations = block(value)
-            before.append(activations * scale)
+            if before:
+                kept.append(activations * scale)
             if switches:
                 if not isinstance(pool, nn.MaxPool2d):
                     raise UntrojanError(
@@ -122,7 +123,7 @@ class Encoder(nn.Module):
                 places.append(place)
             else:
                 value = pool(activations)
-        return Encoding(value * scale, tuple(before), tuple(places))
+        return Encoding(value * scale, tuple(kept), tuple(places))
 
     @property
     def factor(self) -> int:
