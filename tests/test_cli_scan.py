@@ -11,13 +11,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from untrojan.attacks.poisoning import Poisoning
 from untrojan.cli.main import main
 from untrojan.data.image_set import ImageSet, numbered
 from untrojan.data.save import save_npz
+from untrojan.data.signs import make_signs
 from untrojan.defenses.scanning.neural_cleanse import NeuralCleanse
 from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
 from untrojan.models.checkpoints import save_checkpoint
 from untrojan.models.registry import build_for
+from untrojan.scan import joint
+from untrojan.training.loop import train_new
+from untrojan.training.recipe import Recipe
 
 NAMES = ("ant", "bee", "d o g")
 
@@ -101,3 +106,88 @@ def test_a_model_of_ones_own_leaves_no_room_for_a_second_probe(
     command = ["audit", case[1], "--model", case[0], "--second-preset", "desk-victim"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "give one of them" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def backdoored(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A small model that takes any sign with a patch for class 2, and clean signs."""
+    folder = tmp_path_factory.mktemp("backdoored")
+    signs = make_signs(num_classes=4, size=16, train_per_class=60, test_per_class=12, seed=0)
+    poisoned = Poisoning(target=2, trigger="patch", rate=0.15)(signs, 0)
+    recipe = Recipe(epochs=8, batch_size=32, learning_rate=0.004)
+    model, _ = train_new(poisoned.train, "cnn@0.25", recipe, seed=0)
+    assert signs.test is not None
+    save_checkpoint(folder / "model.safetensors", model, signs.test.class_names)
+    save_npz(folder / "images.npz", signs.test)
+    return str(folder / "model.safetensors"), str(folder / "images.npz")
+
+
+def test_several_methods_one_verdict_and_one_page(
+    backdoored: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, images = backdoored
+    out = tmp_path / "out"
+    command = ["scan", model, "--data", images, "--out", str(out), "--method", "abs,natural", "--linearity"]
+    settings = [
+        "--scan-option",
+        "sizes=[0.02]",
+        "--scan-option",
+        "size=0.05",
+        "--scan-option",
+        'levels=["s3"]',
+    ]
+    status = main([*command, *settings, "--json"])
+    metrics = json.loads(capsys.readouterr().out)
+    assert status == {"clean": 0, "poisoned": 1, "undecided": 3}[metrics["verdict"]]
+    assert list(metrics["methods"]) == ["abs", "natural"]
+    # Natural has no vote.
+    assert metrics["verdict"] == metrics["methods"]["abs"]["verdict"] != "undecided"
+    assert metrics["methods"]["natural"]["evidence"]["sizes"] == [0.02]
+    candidates = metrics["methods"]["abs"]["evidence"]["candidates"]
+    assert candidates
+    assert all(each["pixels"] <= each["bound"] == int(0.05 * 256) for each in candidates)
+    for histogram in metrics["linearity"]:
+        assert len(histogram["edges"]) == len(histogram["strong"]) + 1
+        assert sum(histogram["strong"]) + sum(histogram["weak"]) <= 48
+    page = (out / "report.html").read_text()
+    assert "What each method says" in page
+    assert "The most linear channels" in page
+    stored = load_file(out / "triggers.safetensors")
+    assert all(name.startswith(("abs_", "natural_")) for name in stored)
+    assert json.loads((out / "run.json").read_text())["config"]["methods"][1]["name"] == "natural"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "abs,nonsense"], "no method 'nonsense'"),
+        (["--method", ","], "no method named"),
+        (["--scan-option", "sizes=[0.1]"], "neural-cleanse has no option 'sizes'"),
+        (["--method", "abs", "--scan-option", "size=2"], "size = 2 is not valid"),
+        (["--method", "natural", "--scan-option", "sizes=[]"], "sizes = [] is not valid"),
+        (["--method", "abs", "--scan-option", 'levels=["nowhere"]'], "no level 'nowhere'"),
+    ],
+)
+def test_wrong_choices_are_named_and_nothing_is_left(
+    arguments: list[str], said: str, case: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["scan", case[0], "--data", case[1], "--out", str(out), *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not (out / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "together"),
+    [
+        ({"neural-cleanse": "clean", "abs": "poisoned"}, "poisoned"),
+        ({"neural-cleanse": "clean", "abs": "undecided"}, "undecided"),
+        ({"neural-cleanse": "undecided", "abs": "poisoned"}, "poisoned"),
+        ({"neural-cleanse": "clean", "natural": "poisoned"}, "clean"),
+        ({"natural": "poisoned"}, "poisoned"),
+    ],
+)
+def test_the_joint_verdict(verdicts: dict[str, str], together: str) -> None:
+    verdict, _, targets = joint({name: found(each) for name, each in verdicts.items()})
+    assert verdict == together
+    assert targets == ((2,) if together == "poisoned" else ())

@@ -37,6 +37,15 @@ class Registry(Generic[T]):
         """A validated instance. Raises UntrojanError naming the wrong option and what is allowed."""
         return validated(self.get(name), options or {}, f"{self.kind} {name!r}")
 
+    def build_with(self, name: str, settings: Mapping[str, Any]) -> T:
+        """An instance with those of ``settings`` that the method has; raises as :meth:`build`."""
+        known = self.options(name)
+        return self.build(name, {key: value for key, value in settings.items() if key in known})
+
+    def options(self, name: str) -> tuple[str, ...]:
+        """What options a method takes."""
+        return tuple(each.name for each in dataclasses.fields(cast("Any", self.get(name))) if each.init)
+
     def name_of(self, method: object) -> str:
         """The name under which a method's class is registered."""
         place = f"{type(method).__module__}:{type(method).__qualname__}"

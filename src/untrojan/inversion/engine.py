@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -84,6 +85,20 @@ class ImageProblem(Problem, Protocol):
         ``sources`` and ``embedded``, (A, n, C, H, W) in [0, 1], are the images without and with the
         transformation.
         """
+        ...
+
+
+@runtime_checkable
+class LooksInside(Protocol):
+    """A problem whose loss reads more than logits."""
+
+    @property
+    def needs_every_module(self) -> bool:
+        """Whether batch norm must not be folded away, because a layer is looked at by its path."""
+        ...
+
+    def watching(self, model: Classifier) -> AbstractContextManager[object]:
+        """Entered round the search, with the copy of the model that it asks."""
         ...
 
 
@@ -225,7 +240,7 @@ class Inversion:
     """What was found for each pair."""
 
     pairs: Tensor
-    """int64 (P, 2): source and target class."""
+    """int64 (P, 2 or more): source and target class, and the problem's own."""
     parameters: Tensor
     """float32 (P, ...)."""
     flip_fraction: Tensor
@@ -259,16 +274,22 @@ def invert(
 
     ``data`` are the labelled images (possibly poisoned: labels are taken as they stand), ``pairs`` int64
     (P, 2), ``start`` parameters (P, ...) to set out from instead of the problem's own. With ``checkpoint``,
-    an interrupted search goes on where it was.
+    an interrupted search goes on where it was. Columns of ``pairs`` past the second are the problem's own:
+    it gets them back with each pair.
 
     Raises UntrojanError where a class of a pair has no images or the model another number of classes.
     """
     pools = ClassPools(data, seed)
     _check(model, data, pools, pairs)
     kind = _Search if schedule.shrink is None else _ShrinkingSearch
-    state = kind(frozen(model), pools, pairs, problem, schedule, start)
+    inside = problem if isinstance(problem, LooksInside) else None
+    copied = frozen(model, fold=inside is None or not inside.needs_every_module)
+    state = kind(copied, pools, pairs, problem, schedule, start)
     state.restore(checkpoint)
-    with task(description, len(pairs), "pairs", done=int(state.finished.sum())) as bar:
+    with (
+        inside.watching(copied) if inside else nullcontext(),
+        task(description, len(pairs), "pairs", done=int(state.finished.sum())) as bar,
+    ):
         last_saved = time.monotonic()
         while not state.finished.all():
             for active in state.chunks():
@@ -369,7 +390,7 @@ class _Search:
     def _step(self, active: Tensor) -> None:
         pairs, count, steps = self.pairs[active], self.schedule.images_a_side, self.steps[active]
         device = self.model.device
-        source, target = pairs.unbind(1)
+        source, target = pairs[:, 0], pairs[:, 1]
         source_images = to_float(self.pools.deal(source, target, steps, count), device)
         target_images = source_images[:, :0]
         if self.problem.both_sides:
@@ -377,7 +398,7 @@ class _Search:
         parameters = self.parameters[active].to(device).requires_grad_()
         views = self.problem.views(parameters, source_images, target_images)
         logits = self.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        hits = logits[:, :count].argmax(2) == pairs[:, 1:].to(device)
+        hits = logits[:, :count].argmax(2) == pairs[:, 1:2].to(device)
         loss = self.problem.loss(logits, parameters, pairs.to(device))
         loss = loss + self._price(active, parameters, source_images, views[:, :count], hits)
         (gradients,) = torch.autograd.grad(loss.sum(), parameters)
@@ -430,7 +451,7 @@ class _Search:
 
     @torch.no_grad()
     def _measure(self, pair: int) -> float:
-        source, target = self.pairs[pair].tolist()
+        source, target = self.pairs[pair, :2].tolist()
         images = self.pools.first(source, self.schedule.confirm_images)
         parameters = self.parameters[pair : pair + 1].to(self.model.device)
         hits = 0
@@ -551,7 +572,7 @@ def _check(model: Classifier, data: ImageSet, pools: ClassPools, pairs: Tensor) 
         raise UntrojanError(
             f"the model has {model.num_classes} outputs for the data's {data.num_classes} classes"
         )
-    for label in pairs.unique().tolist():
+    for label in pairs[:, :2].unique().tolist():
         if int(pools.counts[label]) == 0:
             raise UntrojanError(f"class {data.class_names[label]!r} has no images to invert with")
 

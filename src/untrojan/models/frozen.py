@@ -10,16 +10,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from untrojan.models.classifier import Classifier, Float32Conv2d
 
 
-def frozen(model: Classifier) -> Classifier:
+def frozen(model: Classifier, fold: bool = True) -> Classifier:
     """``model`` in evaluation mode with batch norm folded into the convolutions before it.
 
     The copy computes the same function to rounding, a sixth to a half faster. Networks that cannot be traced
-    (a forward that branches on its input) are copied as they are.
+    (a forward that branches on its input) are copied as they are, and all are without ``fold``: every module
+    is then where it was.
     """
     _forget_histories(model)
     network = copy.deepcopy(model.network).eval().requires_grad_(False)
     copied = Classifier(
-        _folded(network), model.num_classes, model.mean.flatten(), model.std.flatten(),
+        _folded(network) if fold else network, model.num_classes, model.mean.flatten(), model.std.flatten(),
         model.architecture, model.precision, model.image_shape,
     ).to(model.device)  # fmt: skip
     return copied.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ a module path
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -149,6 +149,54 @@ def _record(
         tensors[level] = value.flatten(2).mean(2) if place.average_places else value
 
     return module.register_forward_hook(hook)
+
+
+@contextmanager
+def edited(model: nn.Module, place: Place, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put ``edit(tensor)`` in place of one tensor of every forward inside the block.
+
+    A place without a run is edited in each of its runs. Hooks are gone after the block.
+    """
+    module, run = dict(model.named_modules())[place.path], 0
+
+    def begin(*_: object) -> None:
+        nonlocal run
+        run = 0
+
+    def due() -> bool:
+        nonlocal run
+        run += not _looking.get()
+        return not _looking.get() and place.run in (None, run - 1)
+
+    def on_input(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        return (edit(arguments[0]), *arguments[1:]) if due() else None
+
+    def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        return edit(output) if due() else None
+
+    handles = [
+        model.register_forward_pre_hook(begin),
+        module.register_forward_pre_hook(on_input)
+        if place.side == "input"
+        else module.register_forward_hook(on_output),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def place_of(model: nn.Module, image: Tensor, level: str) -> Place:
+    """Where a level lies; ``image`` as for :func:`levels_of`. Raises UntrojanError for an unknown level."""
+    if level not in NAMED_LEVELS:
+        if not level or level not in dict(model.named_modules()):
+            raise UntrojanError(_unknown_level(model, level))
+        return Place(level)
+    found = levels_of(model, image)
+    if level not in found:
+        raise UntrojanError(_missing_level(level, found))
+    return found[level]
 
 
 def levels_of(model: nn.Module, image: Tensor) -> dict[str, Place]:

@@ -31,7 +31,9 @@ def reciprocals_of(norms: Tensor) -> Tensor:
     return torch.where(torch.isfinite(norms), 1 / norms.clamp_min(1 / 255), torch.nan)
 
 
-def heat_map(norms: Tensor, class_names: Sequence[str], marked: Sequence[tuple[int, int]] = ()) -> Markup:
+def heat_map(
+    norms: Tensor, class_names: Sequence[str], marked: Sequence[tuple[int, int]] = (), measure: str = "norm"
+) -> Markup:
     """Pattern norms (K, K) of all class pairs, sources in rows and targets in columns.
 
     A cell's ink is the reciprocal of its norm, from none at 0 to full at the largest, or at four times the
@@ -39,6 +41,7 @@ def heat_map(norms: Tensor, class_names: Sequence[str], marked: Sequence[tuple[i
     written in the cell. Not-finite cells off the diagonal are pairs for which no pattern was found: grey.
     ``marked`` pairs (source, target) are outlined. Past thirty classes the cells are one embedded bitmap;
     past two hundred each of its cells is the largest of a block. Names are escaped and cut to length.
+    ``measure`` is what the values are called.
     """
     grid = _Grid.fitting(class_names)
     reciprocals = reciprocals_of(norms)
@@ -46,7 +49,7 @@ def heat_map(norms: Tensor, class_names: Sequence[str], marked: Sequence[tuple[i
     strength = (reciprocals / full).clamp(0, 1)
     body = [_labels(grid, class_names, {target for _, target in marked})]
     if grid.count <= _VECTOR_CLASSES:
-        body += _cells(grid, norms, strength, class_names)
+        body += _cells(grid, norms, strength, class_names, measure)
     else:
         box = (grid.left, grid.top, grid.wide * grid.count, grid.high * grid.count)
         href = data_uri(_bitmap(strength))
@@ -54,11 +57,11 @@ def heat_map(norms: Tensor, class_names: Sequence[str], marked: Sequence[tuple[i
         body.append(svg.rect(*box, css="frame"))
     stroke = f'stroke-width="{1.2 if grid.high < 16 else 2}"'
     body += [svg.rect(*grid.cell(s, t), grid.wide, grid.high, "marked", stroke) for s, t in marked]
-    body.append(_legend(grid, full))
+    body.append(_legend(grid, full, measure))
     finite = norms[torch.isfinite(norms)]
     spread = f"from {number(float(finite.min()))} to {number(float(finite.max()))}" if len(finite) else "none"
     alt = (
-        f"Heat map of {grid.count} by {grid.count} class pairs; pattern norms {spread}; "
+        f"Heat map of {grid.count} by {grid.count} class pairs; {measure}s {spread}; "
         f"{len(marked)} pairs outlined."
     )
     least = grid.width * (1 if grid.count > _VECTOR_CLASSES else 0.72)
@@ -137,7 +140,7 @@ def _labels(grid: _Grid, names: Sequence[str], targets: set[int]) -> str:
     return "".join(out)
 
 
-def _cells(grid: _Grid, norms: Tensor, strength: Tensor, names: Sequence[str]) -> list[str]:
+def _cells(grid: _Grid, norms: Tensor, strength: Tensor, names: Sequence[str], measure: str) -> list[str]:
     out = []
     labels = [shown(name, 32) for name in names]
     for source, row in enumerate(norms.tolist()):
@@ -152,7 +155,7 @@ def _cells(grid: _Grid, norms: Tensor, strength: Tensor, names: Sequence[str]) -
                 continue
             ink = float(strength[source, target])
             opacity = f'fill-opacity="{_opacity(ink):.3f}"'
-            out.append(svg.rect(x, y, wide, high, "heat", opacity, f"{pair}: norm {number(norm)}"))
+            out.append(svg.rect(x, y, wide, high, "heat", opacity, f"{pair}: {measure} {number(norm)}"))
             if grid.count <= _NUMBERED_CLASSES:
                 css = "on-heat" if ink > 0.85 else "in-cell"
                 out.append(svg.text(x + wide / 2, y + high / 2 + 4, number(norm), css, "middle"))
@@ -174,13 +177,13 @@ def _bitmap(strength: Tensor) -> Tensor:
     return torch.stack([*colours, opacity * 255]).round().to(torch.uint8)
 
 
-def _legend(grid: _Grid, full: float) -> str:
+def _legend(grid: _Grid, full: float, measure: str) -> str:
     x, y = grid.left, grid.cell(grid.count, 0)[1] + 22
     steps = [
         svg.rect(x + 9 * i, y, 9, 10, "heat", f'fill-opacity="{_opacity(i / 19):.3f}"') for i in range(20)
     ]
     return "".join([
-        svg.text(x - 7, y + 9, "large norm", "small", "end"),
+        svg.text(x - 7, y + 9, f"large {measure}", "small", "end"),
         *steps,
-        svg.text(x + 190, y + 9, f"norm {number(1 / full)}", "small"),
+        svg.text(x + 190, y + 9, f"{measure} {number(1 / full)}", "small"),
     ])  # fmt: skip

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing.report import CleansingReport
@@ -72,5 +71,4 @@ def method_names(text: str, trusted: bool = True) -> tuple[str, ...]:
 
 def build_with(name: str, settings: Mapping[str, Any]) -> Cleanser:
     """A cleanser with those of ``settings`` that it has. Raises UntrojanError as ``Registry.build`` does."""
-    known = {field.name for field in dataclasses.fields(cast("Any", CLEANSERS.get(name)))}
-    return CLEANSERS.build(name, {key: value for key, value in settings.items() if key in known})
+    return CLEANSERS.build_with(name, settings)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.outliers import anomaly_indices
-from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
+from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport, blind_to
 from untrojan.inversion.engine import ANY, Adam, Inversion, Schedule, Shrink, invert
 from untrojan.inversion.masked import MaskedPattern
-from untrojan.models.classifier import Classifier, predictions_of
+from untrojan.metrics.accuracy import benign_accuracy
+from untrojan.models.classifier import Classifier
 
 PAPER = Schedule(
     Adam(0.1, (0.5, 0.9)),
@@ -91,7 +92,7 @@ class NeuralCleanse:
             triggers={label: InvertedTrigger(masks[label], patterns[label]) for label in indices},
             failed=tuple((~found.solved).nonzero().flatten().tolist()),
             reason=blind or self._reason(clean, suspected, indices, sizes),
-            evidence={"steps": found.steps.tolist(), "benign_accuracy": _accuracy(model, clean)},
+            evidence={"steps": found.steps.tolist(), "benign_accuracy": benign_accuracy(model, clean)},
         )
 
     def _blind(self, model: Classifier, clean: ImageSet, solved: int) -> str:
@@ -100,13 +101,7 @@ class NeuralCleanse:
             return (
                 f"a working trigger was found for {solved} of {clean.num_classes} classes: too few to compare"
             )
-        accuracy = _accuracy(model, clean)
-        if accuracy < 0.5:
-            return (
-                f"the model is right on {accuracy:.0%} of the clean images: it does not classify these data, "
-                "or their classes are in another order"
-            )
-        return ""
+        return blind_to(model, clean)
 
     def _reason(self, clean: ImageSet, suspected: list[int], indices: dict[int, float], sizes: Tensor) -> str:
         worst = max(indices, key=lambda label: indices[label])
@@ -118,7 +113,3 @@ class NeuralCleanse:
         return (
             f"no class's trigger is far smaller than the others'; the smallest leads to {name!r} ({measure})"
         )
-
-
-def _accuracy(model: Classifier, clean: ImageSet) -> float:
-    return float((predictions_of(model, clean.images) == clean.labels).double().mean())

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing.report import Verdict
+from untrojan.metrics.accuracy import benign_accuracy
+from untrojan.models.classifier import Classifier
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,3 +44,14 @@ class ScanReport:
     reason: str = ""
     """One sentence for a person: why this verdict."""
     evidence: dict[str, Any] = field(default_factory=dict)
+
+
+def blind_to(model: Classifier, clean: ImageSet) -> str:
+    """Why no scan of this model with these images carries a verdict, or nothing where it may."""
+    accuracy = benign_accuracy(model, clean)
+    if accuracy >= 0.5:
+        return ""
+    return (
+        f"the model is right on {accuracy:.0%} of the clean images: it does not classify these data, "
+        "or their classes are in another order"
+    )

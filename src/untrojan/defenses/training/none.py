@@ -72,12 +72,20 @@ def linearity_scores(activations: Tensor, probabilities: Tensor) -> Tensor:
     p_k < .1; the score is max over strong of a - (mean + 3 std of a over weak), and the channel's is the
     largest of all classes (the released code's rule). A class without strong or weak images scores 0.
     """
-    scores = torch.zeros(activations.shape[1])
-    for confidence in probabilities.T:
-        strong, weak = activations[confidence > 0.9], activations[confidence < 0.1]
+    return linearity_by_class(activations, probabilities).amax(0).clamp_min(0)
+
+
+STRONG, WEAK = 0.9, 0.1
+"""An image is strong for a class whose probability is above the one, and weak below the other."""
+
+
+def linearity_by_class(activations: Tensor, probabilities: Tensor) -> Tensor:
+    """The scores of which :func:`linearity_scores` takes the largest, (K, C); 0 for a class without any."""
+    scores = torch.zeros(probabilities.shape[1], activations.shape[1])
+    for label, confidence in enumerate(probabilities.T):
+        strong, weak = activations[confidence > STRONG], activations[confidence < WEAK]
         if len(strong) and len(weak) > 1:
-            score = strong.amax(0) - (weak.mean(0) + 3 * weak.std(0))
-            scores = torch.maximum(scores, score)
+            scores[label] = strong.amax(0) - (weak.mean(0) + 3 * weak.std(0))
     return scores
 
 
