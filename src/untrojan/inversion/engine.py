@@ -395,7 +395,8 @@ class _Search:
         target_images = source_images[:, :0]
         if self.problem.both_sides:
             target_images = to_float(self.pools.deal(target, source, steps, count), device)
-        parameters = self.parameters[active].to(device).requires_grad_()
+        shown = self.parameters[active]
+        parameters = shown.to(device).detach().requires_grad_()
         views = self.problem.views(parameters, source_images, target_images)
         logits = self.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         hits = logits[:, :count].argmax(2) == pairs[:, 1:2].to(device)
@@ -408,7 +409,7 @@ class _Search:
         )  # fmt: skip
         self.parameters[active], self.memory[active] = moved.cpu(), memory.cpu()
         self.steps[active] += 1
-        self._note(active, hits.float().mean(1).cpu())
+        self._note(active, hits.float().mean(1).cpu(), shown)
 
     def _price(
         self, active: Tensor, parameters: Tensor, sources: Tensor, embedded: Tensor, hits: Tensor
@@ -416,7 +417,7 @@ class _Search:
         """What the size of these pairs' transformations adds to their loss, (A,)."""
         return torch.zeros(len(active), device=parameters.device)
 
-    def _note(self, active: Tensor, flipped: Tensor) -> None:
+    def _note(self, active: Tensor, flipped: Tensor, shown: Tensor) -> None:
         """Keep a running flip fraction, double the step of stalled pairs, give up on hopeless ones."""
         self.latest[active] = flipped
         self.running[active] = 0.7 * self.running[active] + 0.3 * flipped
@@ -520,18 +521,20 @@ class _ShrinkingSearch(_Search):
             price = self.problem.size(parameters)
         return self.cost[active].to(parameters.device) * price
 
-    def _sizes(self, active: Tensor) -> Tensor:
+    def _sizes(self, active: Tensor, parameters: Tensor) -> Tensor:
         if not isinstance(self.problem, ImageProblem):
-            return self.problem.size(self.parameters[active])
+            return self.problem.size(parameters)
         sizes = self.measured[active] / self.measured_images[active]
         self.measured[active], self.measured_images[active] = 0.0, 0.0
         return sizes
 
-    def _note(self, active: Tensor, flipped: Tensor) -> None:
+    def _note(self, active: Tensor, flipped: Tensor, shown: Tensor) -> None:
         self.seen[active] += flipped
-        looking = active[self.steps[active] % self.shrink.look_every == 0]
-        if len(looking):
-            self._look(looking)
+        due = self.steps[active] % self.shrink.look_every == 0
+        if due.any():
+            # A size that was measured on images is that of the parameters they were shown with.
+            on_images = isinstance(self.problem, ImageProblem)
+            self._look(active[due], shown[due] if on_images else self.parameters[active[due]])
         done = (self.steps[active] >= self.schedule.most_steps) | (
             self.risen[active] & self.fallen[active] & (self.stale[active] >= self.shrink.give_up)
         )
@@ -539,11 +542,11 @@ class _ShrinkingSearch(_Search):
         self.finished[finished] = True
         self.parameters[finished] = self.kept[finished]
 
-    def _look(self, active: Tensor) -> None:
+    def _look(self, active: Tensor, parameters: Tensor) -> None:
         flips = self.seen[active] / self.shrink.look_every
         self.seen[active] = 0
         met = flips >= self.schedule.flip_fraction
-        sizes = self._sizes(active)
+        sizes = self._sizes(active, parameters)
         better = met & (sizes < self.smallest[active])
         if self.shrink.confirm:
             for place in better.nonzero().flatten().tolist():
@@ -552,11 +555,11 @@ class _ShrinkingSearch(_Search):
             better &= met
         self.stale[active] = (self.stale[active] + 1) * ~(met & (sizes < 0.99 * self.smallest[active]))
         kept = active[better]
-        self.kept[kept], self.smallest[kept] = self.parameters[kept], sizes[better]
+        self.kept[kept], self.smallest[kept] = parameters[better], sizes[better]
         self.solved[active] |= met
         unsolved = ~self.solved[active]
         self.flips[active] = torch.where(better | unsolved, flips, self.flips[active])
-        self.kept[active[unsolved]] = self.parameters[active[unsolved]]
+        self.kept[active[unsolved]] = parameters[unsolved]
         streak = self.streak[active]
         self.streak[active] = torch.where(met, streak.clamp_min(0) + 1, streak.clamp_max(0) - 1)
         up = active[self.streak[active] >= self.shrink.patience]

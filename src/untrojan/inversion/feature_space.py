@@ -145,13 +145,14 @@ class FeatureSpacePattern:
         encoding = self.encoder.encode(normalised.flatten(0, 1), self.decoder.upsampling == "swwae")
         features = encoding.features.unflatten(0, (pairs, count))
         changed = regional_convolution(features, found.kernels).flatten(0, 1)
-        drawn = self.decoder.noise(count, *changed.shape[2:], self.seed)
+        rows, columns = changed.shape[2:]
+        drawn = self.decoder.noise(count, rows, columns, self.seed)
         noise = None if drawn is None else [each.repeat(pairs, 1, 1, 1) for each in drawn]
         decoded = self.decoder(changed, noise, encoding.switches)[..., :height, :width]
-        decoded = decoded.unflatten(0, (pairs, count))
         if channels == 1:
-            decoded = decoded.mean(2, keepdim=True)
-        return decoded.clamp(0, 255) / 255
+            decoded = decoded.mean(1, keepdim=True)
+        embedded: Tensor = (decoded.clamp(0, 255) / 255).unflatten(0, (pairs, count))
+        return embedded
 
     def size(self, parameters: Tensor) -> Tensor:
         """Equation 9: how far the statistics are from the source class's, in pixel levels."""
@@ -183,10 +184,12 @@ class FeatureSpacePattern:
         distances = self._distances(255 * images.flatten(0, 1), 255 * embedded.flatten(0, 1))
         distances = distances.unflatten(0, images.shape[:2])
         hits = flipped.to(distances)
-        return (distances * hits).sum(1) / hits.sum(1)
+        mean: Tensor = (distances * hits).sum(1) / hits.sum(1)
+        return mean
 
     def _distances(self, before: Tensor, after: Tensor) -> Tensor:
-        return (self.encoder(before) - self.encoder(after)).square().flatten(1).mean(1)
+        change: Tensor = self.encoder(before) - self.encoder(after)
+        return change.square().flatten(1).mean(1)
 
 
 def with_statistics(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -210,11 +213,14 @@ def regional_convolution(features: Tensor, kernels: Tensor) -> Tensor:
     bottom, right = -height % z, -width % z
     padded = F.pad(features, (0, right, 0, bottom)) if bottom or right else features
     tall, wide = padded.shape[3] // z, padded.shape[4] // z
-    cut = padded.view(pairs, count, channels, z, tall, z, wide).permute(0, 3, 5, 2, 1, 4, 6)
-    cut = F.pad(cut.reshape(pairs * z * z, channels, count, tall, wide), (m // 2,) * 4)
-    # One matrix product a pair and region: grouped convolutions of so small maps are several times slower.
-    shifted = [cut[..., row : row + tall, column : column + wide] for row in range(m) for column in range(m)]
-    columns = torch.stack(shifted, 2).view(pairs * z * z, channels * m * m, count * tall * wide)
-    changed = kernels.reshape(pairs * z * z, channels, channels * m * m) @ columns
-    stitched = changed.view(pairs, z, z, channels, count, tall, wide).permute(0, 4, 3, 1, 5, 2, 6)
+    # A group a pair and region, the images of a pair as the batch: one convolution for all.
+    cut = padded.view(pairs, count, channels, z, tall, z, wide).permute(1, 0, 3, 5, 2, 4, 6)
+    groups = pairs * z * z
+    changed = F.conv2d(
+        cut.reshape(count, groups * channels, tall, wide),
+        kernels.reshape(groups * channels, channels, m, m),
+        padding=m // 2,
+        groups=groups,
+    )
+    stitched = changed.view(count, pairs, z, z, channels, tall, wide).permute(1, 0, 4, 2, 5, 3, 6)
     return stitched.reshape(pairs, count, channels, z * tall, z * wide)[..., :height, :width]

@@ -41,7 +41,8 @@ def structural_similarity(first: Tensor, second: Tensor, pixel_range: float = 25
     means, squares = mean * other, mean * mean + other * other
     luminance = (2 * means + small) / (squares + small)
     structure = (2 * (product - means) + large) / (square + other_square - squares + large)
-    return (luminance * structure).flatten(1).mean(1)
+    similarity: Tensor = luminance * structure
+    return similarity.flatten(1).mean(1)
 
 
 def _windows(side: int, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,7 +19,7 @@ from untrojan.data.image_set import ImageSet, numbered
 from untrojan.errors import UntrojanError
 from untrojan.metrics.images import psnr
 from untrojan.models.classifier import Classifier
-from untrojan.models.encoders import Encoder, cached_file, load_encoder, read_cached, write_cached
+from untrojan.models.encoders import Encoder, cached_file, load_encoder, read_cached, resumable, write_cached
 from untrojan.seeding import generator
 from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
@@ -56,7 +57,7 @@ def upsample(
         return F.interpolate(features, scale_factor=2, mode="nearest")
     if how == "swwae":
         assert switches is not None
-        return F.max_unpool2d(features, switches, 2)
+        return F.max_unpool2d(features, switches, [2, 2])
     if how == "zero":
         filled = features.new_zeros(count, channels, 2 * height, 2 * width)
     else:
@@ -90,12 +91,13 @@ class Decoder(nn.Module):
         self.upsampling: Upsampling = upsampling
         self.encoder_fingerprint = encoder.fingerprint()
         self.psnr: float | None = None
+        self._drawn: tuple[tuple[int, int, int], list[Tensor]] | None = None
         below = [3, *(widths[-1] for widths in encoder.filters[:-1])]
         self.stages = nn.ModuleList()
         for depth in reversed(range(len(encoder.filters))):
             widths = [*reversed(encoder.filters[depth]), below[depth]]
             layers: list[nn.Module] = []
-            for wide, narrow in zip(widths[:-1], widths[1:], strict=True):
+            for wide, narrow in pairwise(widths):
                 layers += [nn.ConvTranspose2d(wide, narrow, 3, padding=1), nn.ReLU()]
             self.stages.append(nn.Sequential(*(layers if depth else layers[:-1])))
             # Trained from the encoder's activations before any weight is.
@@ -140,14 +142,20 @@ class Decoder(nn.Module):
         """
         if self.upsampling != "gaussian":
             return None
-        drawn = []
+        # Drawing takes as long as decoding, and a search asks for the same numbers at every step.
+        if self._drawn is None or self._drawn[0] != (height, width, seed):
+            self._drawn = (height, width, seed), self._draw(height, width, seed)
+        return [bank.to(self.mean.device)[torch.arange(count) % len(bank)] for bank in self._drawn[1]]
+
+    def _draw(self, height: int, width: int, seed: int) -> list[Tensor]:
+        banks = []
         for index in range(len(self.stages)):
             depth = len(self.stages) - 1 - index
             channels, sides = len(self.deviation(depth)), (height << index + 1, width << index + 1)
             several = max(1, min(32, _NOISE_FLOATS // (channels * sides[0] * sides[1])))
-            bank = torch.randn(several, channels, *sides, generator=generator(seed, "upsampling", index))
-            drawn.append(bank.to(self.mean.device)[torch.arange(count) % several])
-        return drawn
+            random = generator(seed, "upsampling", index)
+            banks.append(torch.randn(several, channels, *sides, generator=random))
+        return banks
 
     def check(self, encoder: Encoder, least_psnr: float = LEAST_PSNR) -> None:
         """Raise UntrojanError unless this decoder was trained, for this encoder, and well enough."""
@@ -158,8 +166,8 @@ class Decoder(nn.Module):
             raise UntrojanError(f"the decoder has not been trained: {again}")
         if not self.psnr >= least_psnr:
             raise UntrojanError(
-                f"the decoder reconstructs images to {self.psnr:.1f} dB of PSNR where {least_psnr:.1f} are needed: "
-                "train it on more images or for more epochs, or choose another encoder"
+                f"the decoder reconstructs images to {self.psnr:.1f} dB of PSNR where {least_psnr:.1f} are "
+                "needed: train it on more images or for more epochs, or choose another encoder"
             )
 
 
@@ -170,7 +178,8 @@ def reconstruct(encoder: Encoder, decoder: Decoder, images: Tensor, *, seed: int
     done = []
     for batch in images.split(256):
         encoding = encoder.encode(batch.to(encoder.mean.device).float(), decoder.upsampling == "swwae")
-        noise = decoder.noise(len(batch), *encoding.features.shape[2:], seed)
+        rows, columns = encoding.features.shape[2:]
+        noise = decoder.noise(len(batch), rows, columns, seed)
         decoded = decoder(encoding.features, noise, encoding.switches)[..., :height, :width]
         if images.shape[1] == 1:
             decoded = decoded.mean(1, keepdim=True)
@@ -245,11 +254,12 @@ def prepare_decoder(
         order = torch.randperm(len(images), generator=generator(seed, "decoder"))[:_HELD_OUT]
         decoder.psnr = reconstruction_psnr(encoder, decoder, images.images[order])
     if decoder is None or not (decoder.psnr or 0.0) >= least_psnr:
-        checkpoint = place.with_name(f"{place.stem}-{images.fingerprint()[:16]}.training")
+        checkpoint = resumable(place.with_name(f"{place.stem}-{images.fingerprint()[:16]}.training"))
         decoder = train_decoder(
             encoder, images.images, upsampling=upsampling, recipe=recipe, seed=seed, checkpoint=checkpoint
         )
-        checkpoint.unlink(missing_ok=True)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
         decoder.check(encoder, least_psnr)
         write_cached(place, decoder.state_dict(), {"psnr": repr(decoder.psnr)})
     return encoder, decoder

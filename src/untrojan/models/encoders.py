@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +49,7 @@ class Encoding:
     before_pooling: tuple[Tensor, ...]
     """The activations that each stage pools, shallow to deep: twice the side of what it passes on."""
     switches: tuple[Tensor, ...]
-    """Where each stage's maxima lay, as :func:`torch.nn.functional.max_unpool2d` takes it; where asked for."""
+    """Where asked for, the places of each stage's maxima, for :func:`torch.nn.functional.max_unpool2d`."""
 
 
 class TopLeft(nn.Module):
@@ -126,7 +127,7 @@ class Encoder(nn.Module):
     @property
     def factor(self) -> int:
         """How much shorter the features' sides are than the images'."""
-        return 2 ** len(self.blocks)
+        return 1 << len(self.blocks)
 
     @property
     def channels(self) -> int:
@@ -274,9 +275,10 @@ def _local(data: ImageSet, seed: int) -> Encoder:
     chosen = torch.randperm(len(data), generator=generator(seed, "local encoder"))[:LOCAL_IMAGES]
     coloured = replace(data, images=data.images.expand(-1, 3, -1, -1)).select(chosen)
     model = _local_classifier(coloured, seed)
-    checkpoint = place.with_suffix(".training")
+    checkpoint = resumable(place.with_suffix(".training"))
     train(model, coloured, LOCAL_RECIPE, seed=seed, checkpoint=checkpoint, description="training the encoder")
-    checkpoint.unlink(missing_ok=True)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     tensors = dict(model.state_dict())
     write_cached(place, tensors, {})
     return _first_block(model, tensors)
@@ -295,18 +297,32 @@ def _first_block(model: Classifier, tensors: Mapping[str, Tensor]) -> Encoder:
     model.eval()
     layers = dict(model.network.named_modules())["features"]
     assert isinstance(layers, nn.Sequential)
-    first = fuse_conv_bn_eval(layers[0], layers[1])
-    second = fuse_conv_bn_eval(layers[3], layers[4])
+    first, second = _folded(layers[0], layers[1]), _folded(layers[3], layers[4])
     block = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
     widths = (first.out_channels, second.out_channels)
     mean, std = (255 * values.flatten() for values in (model.mean, model.std))
     return Encoder([(block, nn.MaxPool2d(2))], [widths], mean.tolist(), std.tolist(), "local")
 
 
+def _folded(convolution: nn.Module, norm: nn.Module) -> nn.Conv2d:
+    assert isinstance(convolution, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    return fuse_conv_bn_eval(convolution, norm)
+
+
 def cached_file(kind: str, identity: Mapping[str, Any]) -> Path:
     """Where the user's cache keeps what ``identity`` alone decides."""
     text = json.dumps(identity, sort_keys=True, default=str)
     return cache_folder() / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+
+def resumable(checkpoint: Path) -> Path | None:
+    """The place of a checkpoint in the cache, where it can be written."""
+    try:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return checkpoint if os.access(checkpoint.parent, os.W_OK) else None
 
 
 def read_cached(place: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
