@@ -39,7 +39,7 @@ def plain_loop(model: Classifier, data: ImageSet, pairs: Tensor, schedule: Sched
             loss.sum().backward()
             optimizer.step()
             float((logits.argmax(1) == target).float().mean())
-            float(problem.size(parameters))
+            float(problem.size(parameters.detach()))
 
 
 def main() -> None:

@@ -191,3 +191,21 @@ def test_the_joint_verdict(verdicts: dict[str, str], together: str) -> None:
     verdict, _, targets = joint({name: found(each) for name, each in verdicts.items()})
     assert verdict == together
     assert targets == ((2,) if together == "poisoned" else ())
+
+
+def test_distances_are_a_matrix_in_the_metrics_and_a_map_on_the_page(
+    case: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, images = case
+    out = tmp_path / "out"
+    quickly = [part for each in ("steps=10", "trials=1", "images=5") for part in ("--scan-option", each)]
+    # An untrained model: no verdict, but the distances are told.
+    assert main(["scan", model, "--data", images, "--out", str(out), "--distance", "mask", *quickly]) == 3
+    metrics = json.loads((out / "metrics.json").read_text())
+    matrix = metrics["evidence"]["distances"]
+    assert [len(row) for row in matrix] == [3, 3, 3]
+    assert all(matrix[label][label] is None for label in range(3))
+    config = json.loads((out / "run.json").read_text())["config"]
+    assert (config["name"], config["measure"]) == ("class-distance", "mask")
+    assert "class pairs" in (out / "report.html").read_text()
+    assert "Traceback" not in capsys.readouterr().err

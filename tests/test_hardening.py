@@ -249,10 +249,10 @@ def test_too_few_images_are_refused(trained: tuple[Classifier, ImageSet, ImageSe
 
 def test_moth_enlarges_mask_distances(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
     model, clean, test = trained
-    repaired = replace(QUICK, steps=24)(model, clean).model
+    repaired = replace(QUICK, steps=30, stamped=0.5)(model, clean).model
     masks = MaskGenerator()
     before, after = (
-        class_distances(each, test, masks, schedule_of(masks, 60, 0.9, False), images=20, trials=1).matrix
+        class_distances(each, test, masks, schedule_of(masks, 150, 0.9, False), images=20, trials=1).matrix
         for each in (model, repaired)
     )
     assert mean_distance(after) > 1.1 * mean_distance(before)

@@ -32,6 +32,13 @@ def scan(
             "repeated; or all. Natural says how fragile a model is, and has no vote beside others.",
         ),
     ] = None,
+    distance: Annotated[
+        Literal["mask", "filter", "feature"] | None,
+        typer.Option(
+            help="Measure class distances, with patches, filters or features of an encoder: as --method "
+            "class-distance, beside other methods if any are named.",
+        ),
+    ] = None,
     scan_option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A setting of the methods that have it; repeatable."),
@@ -65,17 +72,19 @@ def scan(
     """
     options.begin(threads, quiet)
     from untrojan.data.load import load
-    from untrojan.defenses.scanning.registry import method_names
+    from untrojan.defenses.scanning.registry import SCANNERS, method_names
     from untrojan.runs import RunFolder
     from untrojan.scan import ScanOptions, write_scan
     from untrojan.scan import scan as find
 
+    measuring = {} if distance is None else {"measure": distance}
+    named = [*(method or []), *(["class-distance"] if measuring else [])] or ["neural-cleanse"]
     choices = ScanOptions(
-        methods=method_names(method or ["neural-cleanse"]),
+        methods=SCANNERS.names() if method == ["all"] else method_names(named),
         schedule=schedule,
         linearity=linearity,
         seed=seed,
-        settings=inputs.key_values(scan_option, "--scan-option"),
+        settings=measuring | inputs.key_values(scan_option, "--scan-option"),
     )
     given = {"architecture": architecture, "mean": mean, "std": std}
     config = {"model": model, "data": data, "size": size, **given, **choices.to_json()}

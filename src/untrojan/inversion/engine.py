@@ -441,7 +441,7 @@ class _Search:
         margin = 1.5 * (wanted * (1 - wanted) / self.schedule.images_a_side) ** 0.5
         first = self.steps[due] == 0
         for pair in due[first | (self.latest[due] >= wanted - margin)].tolist():
-            flips = self._measure(pair)
+            flips = self._measure(pair, self.parameters[pair : pair + 1])
             self.flips[pair] = flips
             if flips >= wanted:
                 self.solved[pair] = self.finished[pair] = True
@@ -451,10 +451,11 @@ class _Search:
             self.next_confirmation[pair] = self.steps[pair] + wait
 
     @torch.no_grad()
-    def _measure(self, pair: int) -> float:
+    def _measure(self, pair: int, parameters: Tensor) -> float:
+        """The share of a pair's confirming images that its ``parameters`` (1, ...) flip."""
         source, target = self.pairs[pair, :2].tolist()
         images = self.pools.first(source, self.schedule.confirm_images)
-        parameters = self.parameters[pair : pair + 1].to(self.model.device)
+        parameters = parameters.to(self.model.device)
         hits = 0
         for batch in images.split(self.schedule.images_a_forward):
             embedded = self.problem.embed(parameters, to_float(batch, self.model.device)[None])
@@ -550,7 +551,7 @@ class _ShrinkingSearch(_Search):
         better = met & (sizes < self.smallest[active])
         if self.shrink.confirm:
             for place in better.nonzero().flatten().tolist():
-                flips[place] = self._measure(int(active[place]))
+                flips[place] = self._measure(int(active[place]), parameters[place : place + 1])
             met &= flips >= self.schedule.flip_fraction
             better &= met
         self.stale[active] = (self.stale[active] + 1) * ~(met & (sizes < 0.99 * self.smallest[active]))

@@ -19,13 +19,14 @@ from torch import Tensor
 from untrojan.data.image_set import ImageSet
 from untrojan.data.sampling import some_of_each
 from untrojan.defenses.outliers import anomaly_indices
-from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
+from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport, blind_to
 from untrojan.inversion.engine import Inversion, Problem, Schedule, Shrink, all_pairs, invert
 from untrojan.inversion.filters import second_moments
 from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, Generator, MaskGenerator
 from untrojan.inversion.masked import MaskedPattern
+from untrojan.metrics.accuracy import benign_accuracy
 from untrojan.metrics.class_distance import measured
-from untrojan.models.classifier import Classifier, predictions_of, to_float
+from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.frozen import frozen
 from untrojan.seeding import generator as random_stream
 
@@ -244,8 +245,7 @@ class ClassDistance:
         near.sort(key=lambda pair: -float(by_pair[tuple(pair)]))
         # What leads everywhere into a class shortens single ways elsewhere, too.
         targets = suspects or list(dict.fromkeys(target for _, target in near))
-        accuracy = float((predictions_of(model, clean.images) == clean.labels).double().mean())
-        blind = self._blind(found, accuracy)
+        blind = self._blind(found, model, clean)
         failed = found.pairs[found.matrix[found.pairs[:, 0], found.pairs[:, 1]].isnan()]
         return ScanReport(
             verdict="undecided" if blind else "poisoned" if targets else "clean",
@@ -262,7 +262,7 @@ class ClassDistance:
                 "target_limit": target_limit,
                 "pair_limit": pair_limit,
                 "images_a_class": min(self.images, int(clean.class_counts.min())),
-                "benign_accuracy": accuracy,
+                "benign_accuracy": benign_accuracy(model, clean),
             },
         )
 
@@ -279,17 +279,12 @@ class ClassDistance:
             if bool(sizes[place].isfinite())
         }
 
-    def _blind(self, found: Distances, accuracy: float) -> str:
+    def _blind(self, found: Distances, model: Classifier, clean: ImageSet) -> str:
         """Why distances carry no verdict, or nothing where they do."""
         solved = int(measured(found.matrix).sum())
         if solved < max(FEWEST_PAIRS, len(found.pairs) / 2):
             return f"{solved} of {len(found.pairs)} class pairs have a distance: too few to compare"
-        if accuracy < 0.5:
-            return (
-                f"the model is right on {accuracy:.0%} of the clean images: it does not classify these data, "
-                "or their classes are in another order"
-            )
-        return ""
+        return blind_to(model, clean)
 
     def _reason(
         self, matrix: Tensor, suspects: list[int], near: list[list[int]], clean: ImageSet
