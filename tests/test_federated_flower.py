@@ -276,7 +276,8 @@ def running(command: list[str], log: Path, environment: dict[str, str]) -> Itera
 def test_a_deployment_trains_the_same_model(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("flwr")
     link, *ports = free_ports(4)
-    environment = {**os.environ, **SILENT, "FLWR_HOME": str(tmp_path / "flower")}
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, **SILENT, "FLWR_HOME": str(tmp_path / "flower"), "PATH": programs}
     node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--node-config"]
     own = f'data="{data}" num-partitions=2 partition-id='
     configs = [f"{own}0 malicious=true attackers=1 malicious-epochs=1", f"{own}1", 'data="/no/such"']
