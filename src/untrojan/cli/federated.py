@@ -123,7 +123,7 @@ def federated(
 
     check_name(net)
     prepare()
-    if malicious > clients:
+    if superlink is None and malicious > clients:
         raise UntrojanError(f"--malicious {malicious} is more than --clients {clients}")
     if superlink is None and (insecure or root_certificates is not None):
         raise UntrojanError("--insecure and --root-certificates belong to --superlink: add it, or drop them")
