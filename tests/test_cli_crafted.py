@@ -30,6 +30,10 @@ SETTINGS = {
         "--target", "c", "--rate", "0.1", "--attack-option", "bits=4", "--attack-option", "epochs=2",
         "--attack-option", "secret_only=1", "--attack-option", "filters=4", "--threads", "1",
     ],
+    "dfst-style": [
+        "--target", "c", "--rate", "0.1", "--attack-option", "rounds=1", "--attack-option", "epochs=1",
+        "--attack-option", "injector_epochs=1", "--attack-option", "excess=0.1", *NET,
+    ],
 }  # fmt: skip
 
 
@@ -48,7 +52,8 @@ def test_it_writes_the_set_its_truth_and_what_was_computed(data, tmp_path, attac
     assert main(command) == 0, capsys.readouterr().err
     written = {place.name for place in out.iterdir()}
     files = {"train.npz", "test.npz", "triggered.npz", "truth", "metrics.json", "run.json"}
-    assert written == files | ({"surrogate.safetensors"} if attack != "invisible" else set())
+    models = {"surrogate.safetensors"} if attack != "invisible" else set()
+    assert written == files | models | ({"model.safetensors"} if attack == "dfst-style" else set())
     told = json.loads((out / "truth/truth.json").read_text())
     tensors = load_file(out / "truth/crafted.safetensors")
     # The stored tensors make the very set again.
