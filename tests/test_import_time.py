@@ -8,8 +8,20 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "numpy", "scipy", "sklearn", "matplotlib", "PIL", "pyarrow", "pooch", "jinja2")
-COMMANDS = ("demo", "audit", "poison", "train", "evaluate", "scan", "repair", "data", "bench")
+HEAVY = (
+    "torch",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "pyarrow",
+    "pooch",
+    "jinja2",
+    "flwr",
+    "ray",
+)
+COMMANDS = ("demo", "audit", "poison", "train", "evaluate", "scan", "repair", "federated", "data", "bench")
 SHOW_HEAVY = (
     "import sys; from untrojan.cli.main import main; status = main(sys.argv[1:]); "
     f"print([m for m in {HEAVY!r} if m in sys.modules], status)"

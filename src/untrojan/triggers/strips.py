@@ -34,7 +34,7 @@ class Strips:
 
     parts: Annotated[tuple[Part, ...], Len(1, PARTS)] = (0, 1, 2, 3)
     length: Annotated[int, Interval(ge=1, le=1024)] | None = None
-    """Pixels; 4 or 6 by default, by the image's size."""
+    """Pixels; 4 or 6 by default, by the image's size, or fewer where no more fit."""
     column_gap: Pixels | None = None
     """Pixels between the strips of a row; 2 or 3 by default."""
     row_gap: Pixels | None = None
@@ -43,9 +43,9 @@ class Strips:
     def draw(self, shape: ImageShape, seed: int) -> FixedPatch:
         channels, height, width = shape
         small = min(height, width) <= SMALL_SIDE
-        length = self.length or (4 if small else 6)
-        across = length + _given(self.column_gap, 2 if small else 3)
-        down = 1 + _given(self.row_gap, 2 if small else 3)
+        column_gap = _given(self.column_gap, 2 if small else 3)
+        length = self.length or max(1, min(4 if small else 6, (width - column_gap) // 2))
+        across, down = length + column_gap, 1 + _given(self.row_gap, 2 if small else 3)
         if across + length > width or down + 1 > height:
             raise UntrojanError(f"strips of {length} pixels do not fit into {height}x{width}: give a length")
         mask = torch.zeros(1, height, width)
