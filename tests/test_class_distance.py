@@ -119,7 +119,7 @@ def test_false_alarms_are_rare() -> None:
     for seed in range(100):
         targets, pairs, target_limit, pair_limit = exceptionally_small(ordinary(10, seed))
         alarms += bool((targets > target_limit).any() or (pairs > pair_limit).any())
-    assert alarms <= 25
+    assert 1 <= alarms <= 14
 
 
 def test_a_short_cut_from_everywhere_and_from_one_class_are_told_apart() -> None:

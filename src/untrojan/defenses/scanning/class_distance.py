@@ -8,8 +8,8 @@ section III: some images of the one class, so many steps, most must flip, the sm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated, Literal
 
 import torch
@@ -145,8 +145,8 @@ def exceptionally_small(distances: Tensor, error: float = 0.05) -> tuple[Tensor,
     its sources, a failed pair counting as infinitely far; NaN where that is not finite. A pair must stand out
     twice, among all pairs and from what is ordinary for its source and its target, and has the lesser index:
     a class that everything is near to, or that is near to everything, makes no pair remarkable. NaN for pairs
-    without a distance. The limits leave one of so many normally distributed values beyond them with
-    probability ``error``.
+    without a distance. Of so many normally distributed values one lies beyond the limit with probability
+    ``error``.
     """
     logs = torch.where(measured(distances), distances.double().clamp_min(1e-12).log(), torch.inf)
     count = len(distances)
@@ -158,8 +158,22 @@ def exceptionally_small(distances: Tensor, error: float = 0.05) -> tuple[Tensor,
     left = median_polish(torch.where(logs.isfinite(), logs, torch.nan))
     raw, kept = anomaly_indices(-logs[logs.isfinite()]), anomaly_indices(-left[logs.isfinite()])
     pairs[logs.isfinite()] = torch.minimum(raw, kept)
-    limits = [NormalDist().inv_cdf(1 - error / max(int(v.isfinite().sum()), 1)) for v in (targets, pairs)]
+    limits = [largest_by_chance(int(each.isfinite().sum()), error) for each in (targets, pairs)]
     return targets, pairs, limits[0], limits[1]
+
+
+@lru_cache
+def largest_by_chance(count: int, error: float, draws: int = 2000) -> float:
+    """The anomaly index that the largest of ``count`` normal values exceeds with probability ``error``.
+
+    Drawn rather than read off the normal distribution: the median absolute deviation of ten values is
+    itself so uncertain that the normal quantile would be exceeded five times as often as meant.
+    """
+    if count < 2:
+        return float("inf")
+    stream = random_stream(0, "largest by chance", count)
+    largest = [float(anomaly_indices(values).max()) for values in torch.randn(draws, count, generator=stream)]
+    return float(torch.tensor(largest).quantile(1 - error))
 
 
 def median_polish(values: Tensor, rounds: int = 10) -> Tensor:
