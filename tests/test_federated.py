@@ -488,7 +488,6 @@ def test_only_maxima_and_probabilities_leave_a_client() -> None:
 def test_poisoned_images_are_flagged_and_the_backdoor_is_gone() -> None:
     """Eight poisoned images in the middle client's share, and a net whose backdoor neuron is known."""
     data = blocks(120)
-    middle = shares(data)[1]
     poisoned = blocks(40, poisoned=8, seed=3)
     frozen = replace(LOCAL, learning_rate=1e-12)
     federation = Federation(KNOWN, 1, frozen, NONE(share=0.125, epochs=1, learning_rate=1e-12))
@@ -505,7 +504,6 @@ def test_poisoned_images_are_flagged_and_the_backdoor_is_gone() -> None:
     weight = report.model.state_dict()["network.0.weight"]
     assert float(weight[BACKDOOR].abs().max()) < 1e-9
     assert float(weight[0].abs().max()) > 0.005
-    assert len(middle) == 40
 
 
 def order(task: str, **changes: object) -> Order:
