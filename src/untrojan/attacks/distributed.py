@@ -9,7 +9,7 @@ answers to all strips together. Here without the paper's scaling of the attacker
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
@@ -23,6 +23,8 @@ from untrojan.training.recipe import Recipe
 from untrojan.triggers.base import ImageShape, Trigger, stamp
 from untrojan.triggers.registry import TRIGGERS, draw_trigger
 from untrojan.triggers.strips import PARTS, SMALL_SIDE
+
+AfterDefense = Literal["poisons", "keeps-rate", "stops"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class DistributedBackdoor:
     """Local epochs of an attacker: 6 on CIFAR-10, 10 on MNIST."""
     learning_rate: Annotated[float, Gt(0)] = 0.05
     """Multiplied by .1 after a fifth and again after four fifths of the epochs (rounded to whole ones)."""
-    keeps_rate: bool = False
-    """After a defence go on at this learning rate rather than at the one the server asks for. The source says
-    neither; an attacker who disobeys can put the backdoor back."""
+    after_defense: AfterDefense = "poisons"
+    """What the attackers do once a defence has looked at the model, which no source says: go on as before at
+    the learning rate the server asks for, go on at their own, or train honestly from then on."""
     hides: bool = False
     """Report the activations of clean images where a defence asks for those of one's own. Then the server
     never sees the trigger: NONE trusts what clients report."""
@@ -85,7 +87,7 @@ class DistributedBackdoor:
 
     def recipe(self, asked: Recipe, after_defense: bool = False) -> Recipe:
         """How an attacker trains where the server asks for ``asked``."""
-        if after_defense and not self.keeps_rate:
+        if after_defense and self.after_defense != "keeps-rate":
             return replace(asked, epochs=self.epochs)
         at = {round(0.2 * self.epochs), round(0.8 * self.epochs)}
         return replace(

@@ -78,10 +78,13 @@ def federated(
     malicious_rate: Annotated[
         float, typer.Option(min=0, help="Learning rate of attackers.", rich_help_panel=_ATTACK)
     ] = 0.05,
-    keeps_rate: Annotated[
-        bool,
-        typer.Option("--keeps-rate", help="Attackers keep theirs after a defence.", rich_help_panel=_ATTACK),
-    ] = False,
+    after_defense: Annotated[
+        Literal["poisons", "keeps-rate", "stops"],
+        typer.Option(
+            help="Attackers after a defence: go on, go on at their own learning rate, or train honestly.",
+            rich_help_panel=_ATTACK,
+        ),
+    ] = "poisons",
     hides: Annotated[
         bool, typer.Option("--hides", help="Attackers report clean images only.", rich_help_panel=_ATTACK)
     ] = False,
@@ -143,7 +146,7 @@ def federated(
             "poisoned": poisoned,
             "epochs": malicious_epochs,
             "learning_rate": malicious_rate,
-            "keeps_rate": keeps_rate,
+            "after_defense": after_defense,
             "hides": hides,
         },
     )

@@ -89,7 +89,7 @@ class Client:
 
     def _train(self, model: Classifier, order: Order, dropped: Tensor | None) -> Package:
         data, recipe, transform = self.data, order.recipe, None
-        if self.attacker is not None:
+        if self.attacker is not None and not self._stopped(order):
             # An attacker keeps the images that a defence has found.
             plan = self.attacker.plan
             recipe = plan.recipe(recipe, order.after_defense)
@@ -102,6 +102,11 @@ class Client:
             freeze_statistics=order.after_defense, description=f"client {self.name}",
         )  # fmt: skip
         return package(Trained(len(data), history.epochs[-1].loss), exchanged(model))
+
+    def _stopped(self, order: Order) -> bool:
+        return (
+            order.after_defense and self.attacker is not None and self.attacker.plan.after_defense == "stops"
+        )
 
     def _mask(self, dropped: Tensor) -> Tensor:
         count = len(self.data)
