@@ -49,6 +49,16 @@ ABOUT: Mapping[str, tuple[str, str]] = {
         "A probe net trained on the set was questioned as in an audit and the images found were left out. "
         "NONE then trained on the rest, left out what excites the neurons of a patch and reset these.",
     ),
+    "pgd": (
+        "Adversarial training",
+        "At every step each image was changed, within a small bound, to what the model got wrong: what leads "
+        "from one class to another must then be larger than that. No image was left out.",
+    ),
+    "uap": (
+        "Universal adversarial training",
+        "One perturbation for all images, within a small bound, was kept as harmful as could be while the "
+        "model learned to withstand it. No image was left out.",
+    ),
 }
 """By the defence's name: a title, and what it did in words."""
 
