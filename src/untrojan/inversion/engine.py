@@ -211,6 +211,9 @@ class Schedule:
     """Source images, and as many target images, in each step of each pair."""
     flip_fraction: float = 0.95
     """The constraint: the share of source images that must be classified as the target (RE's pi)."""
+    both_ways: bool = False
+    """Ask as much of the target's images: that share must no longer be classified as the target. For problems
+    that look at both sides, where all of the target's images are believed to carry what is sought."""
     confirm_images: int | None = None
     """Source images on which the constraint is confirmed; None takes every one. 0 never confirms it: every
     pair takes all its steps, and none is reported as solved."""
@@ -452,15 +455,23 @@ class _Search:
 
     @torch.no_grad()
     def _measure(self, pair: int, parameters: Tensor) -> float:
-        """The share of a pair's confirming images that its ``parameters`` (1, ...) flip."""
+        """The share of a pair's confirming images that its ``parameters`` (1, ...) flip; both ways, the
+        lesser of the shares flipped and unflipped."""
         source, target = self.pairs[pair, :2].tolist()
-        images = self.pools.first(source, self.schedule.confirm_images)
         parameters = parameters.to(self.model.device)
-        hits = 0
-        for batch in images.split(self.schedule.images_a_forward):
-            embedded = self.problem.embed(parameters, to_float(batch, self.model.device)[None])
-            hits += int((self.model(embedded[0]).argmax(1) == target).sum())
-        return hits / len(images)
+
+        def share(label: int, changed: Callable[[Tensor], Tensor], to_target: bool) -> float:
+            images = self.pools.first(label, self.schedule.confirm_images)
+            hits = 0
+            for batch in images.split(self.schedule.images_a_forward):
+                logits = self.model(changed(to_float(batch, self.model.device)[None])[0])
+                hits += int(((logits.argmax(1) == target) == to_target).sum())
+            return hits / len(images)
+
+        flipped = share(source, lambda images: self.problem.embed(parameters, images), True)
+        if not self.schedule.both_ways:
+            return flipped
+        return min(flipped, share(target, lambda i: self.problem.views(parameters, i[:, :0], i), False))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

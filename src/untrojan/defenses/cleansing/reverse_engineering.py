@@ -51,7 +51,14 @@ a coarse pattern detects as well, but flags more clean images."""
 REPETITIONS = 2
 """Times that the pattern is estimated anew with the images it has flagged in place of all the target's. Most
 of a class is clean, and a pattern that has to unflip all of it moves clean images too; one that has to unflip
-the flagged images alone comes nearer to what these have in common."""
+the flagged images alone comes nearer to what these have in common.
+
+In the end it is asked to unflip as many of them as it flips of the source. A net that was trained on shifted
+images answers to a fraction of the true pattern, and a pattern that just carries the source over is then far
+too faint to take the true one away. Earlier it would have to unflip what was flagged by mistake, too."""
+STILL_FLAGGED = 0.95
+"""The share of the flagged images that the last estimate must flag again, or it is not taken: unable to
+unflip the carriers, it has grown into something else."""
 FEWEST_FLAGGED = 8
 """Below that there is nothing to repeat the estimate with."""
 
@@ -167,12 +174,17 @@ class ReverseEngineering:
                 # attack seen from behind: removing minus its pattern adds it.
                 continue
             kept.append(test)
-            for _ in range(REPETITIONS if self.cleansing == "shift" and self.schedule == "fast" else 0):
+            refining = self.cleansing == "shift" and self.schedule == "fast"
+            for number in range(REPETITIONS + 1 if refining else 0):
                 if int(carriers.flagged.sum()) < FEWEST_FLAGGED:
                     break
                 chosen = train.labels != test.target
                 chosen[carriers.removal.rows] = carriers.flagged
-                carriers = self._carriers(train.select(chosen), train, model, inversion, test)
+                last = number == REPETITIONS
+                again = self._carriers(train.select(chosen), train, model, inversion, test, both_ways=last)
+                if last and not _flags_again(carriers, again):
+                    break
+                carriers = again
             removal, threshold, rows = carriers.removal, carriers.threshold, carriers.removal.rows
             flagged[rows] = carriers.flagged
             scores[rows] = ((removal.drops - threshold.at) / max(threshold.spread, 1e-6)).sigmoid()
@@ -187,10 +199,16 @@ class ReverseEngineering:
         return _Cleansed(tuple(kept), flagged, scores, evidence)
 
     def _carriers(
-        self, images: ImageSet, train: ImageSet, model: Classifier, inversion: Inversion, test: ClassTest
+        self,
+        images: ImageSet,
+        train: ImageSet,
+        model: Classifier,
+        inversion: Inversion,
+        test: ClassTest,
+        both_ways: bool = False,
     ) -> _Carriers:
         """Which images of ``train`` carry the pattern that is estimated on ``images``."""
-        pattern = self._polish(images, model, inversion, test)
+        pattern = self._polish(images, model, inversion, test, both_ways)
         removal = remove(model, train, test.source, test.target, pattern)
         threshold = threshold_between(removal.drops, removal.gains)
         shifted, unflipped = removal.drops > threshold.at, removal.readings != test.target
@@ -215,11 +233,13 @@ class ReverseEngineering:
             f"log10_p_value_location_{other}": alternative.log_p_value / np.log(10),
         }  # fmt: skip
 
-    def _polish(self, images: ImageSet, model: Classifier, inversion: Inversion, test: ClassTest) -> Tensor:
+    def _polish(
+        self, images: ImageSet, model: Classifier, inversion: Inversion, test: ClassTest, both_ways: bool
+    ) -> Tensor:
         row = int(((inversion.pairs == torch.tensor([test.source, test.target])).all(1)).nonzero())
         if self.schedule == "paper":
             return inversion.parameters[row]
-        schedule = replace(POLISH, flip_fraction=self.flip_fraction)
+        schedule = replace(POLISH, flip_fraction=self.flip_fraction, both_ways=both_ways)
         refined = invert(
             model, images, inversion.pairs[row : row + 1], AdditivePattern(self.balance), schedule,
             seed=self.seed, description="refining the pattern",
@@ -236,6 +256,11 @@ def reciprocals_of(inversion: Inversion, num_classes: int) -> Floats:
     # A pair that needs no pattern at all has norm 0; one grey level in one pixel stands for it.
     reciprocals[source, target] = 1 / np.maximum(norms[solved], 1 / 255)
     return reciprocals
+
+
+def _flags_again(before: _Carriers, after: _Carriers) -> bool:
+    kept = int((before.flagged & after.flagged).sum())
+    return kept >= STILL_FLAGGED * int(before.flagged.sum())
 
 
 def _none(train: ImageSet) -> Tensor:
