@@ -22,17 +22,17 @@ class Repair(Protocol):
 REPAIRS: Registry[Repair] = Registry(
     "repair",
     {
-        "anp": "untrojan.defenses.repair.anp:ANP",
-        "clp": "untrojan.defenses.repair.clp:CLP",
-        "deck": "untrojan.defenses.repair.deck:DECK",
-        "ft-sam": "untrojan.defenses.repair.ft_sam:FTSAM",
-        "i-bau": "untrojan.defenses.repair.ibau:IBAU",
         "finetune": "untrojan.defenses.repair.finetune:Finetuning",
         "fine-pruning": "untrojan.defenses.repair.fine_pruning:FinePruning",
         "nad": "untrojan.defenses.repair.nad:NAD",
+        "anp": "untrojan.defenses.repair.anp:ANP",
+        "clp": "untrojan.defenses.repair.clp:CLP",
+        "ft-sam": "untrojan.defenses.repair.ft_sam:FTSAM",
+        "i-bau": "untrojan.defenses.repair.ibau:IBAU",
         "mcr": "untrojan.defenses.repair.mcr:MCR",
         "unlearning": "untrojan.defenses.repair.unlearning:Unlearning",
         "neuron-pruning": "untrojan.defenses.repair.neuron_pruning:NeuronPruning",
         "moth": "untrojan.defenses.repair.moth:MOTH",
+        "deck": "untrojan.defenses.repair.deck:DECK",
     },
 )
