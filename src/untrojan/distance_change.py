@@ -139,9 +139,9 @@ class DistanceProbe:
         if self.found.parameters is not None:
             sample = some_of_each(self.data, self.asked.images, self.asked.seed, 0)
             for place in solved:
-                image, shares = self._shown(place, sample, repaired)
+                image, turned = self._shown(place, sample, repaired)
                 images.append(image)
-                works.append(shares)
+                works.append(turned)
         shares = torch.tensor(works, dtype=torch.float64).view(-1, 2).mean(0).tolist()
         return DistanceChange(
             self.asked.measure, self.found.matrix, after.matrix, self.found.pairs, shares[0], shares[1],

@@ -78,7 +78,7 @@ class RepairOptions:
     def distances(self) -> ClassDistance | None:
         """How class distances are measured, if they are. Raises UntrojanError for an encoder that nothing
         would be asked of."""
-        measure = self.distance or HARDENED_BY.get(self.method, "none")
+        measure = self.distance or HARDENED_BY.get(self.method) or "none"
         encoder = self.encoder or self.method_options.get("encoder", "local")
         repairs = self.repairs()
         if self.encoder is not None and measure != "feature" and "deck" not in repairs:
