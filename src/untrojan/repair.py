@@ -17,8 +17,10 @@ from untrojan.defenses.repair.inverted import inversion_file, smallest_mask
 from untrojan.defenses.repair.registry import REPAIRS, Repair
 from untrojan.defenses.repair.report import RepairReport
 from untrojan.defenses.repair.tuning import apart, balanced
+from untrojan.defenses.scanning.class_distance import ClassDistance
 from untrojan.defenses.scanning.neural_cleanse import NeuralCleanse
 from untrojan.defenses.scanning.report import ScanReport
+from untrojan.distance_change import DistanceChange, DistanceProbe, few_pairs
 from untrojan.errors import UntrojanError
 from untrojan.metrics.accuracy import benign_accuracy
 from untrojan.models.classifier import Classifier
@@ -27,6 +29,8 @@ AUTO = "auto"
 NEEDED_OF_EACH = 8
 """Clean images of each class without which no repair is tried."""
 USUAL_SHARE = 0.05
+HARDENED_BY: Mapping[str, Literal["mask", "feature"]] = {"moth": "mask", "deck": "feature"}
+"""The distance that each hardening method enlarges."""
 _SCAN_SCHEDULE: Literal["fast", "paper"] = "fast"
 
 
@@ -47,11 +51,19 @@ class RepairOptions:
     """Of the images, kept for measuring, where there is no test split."""
     scan: bool = False
     """Look for triggers before and after, with Neural Cleanse; ``auto`` always does."""
+    distance: Literal["mask", "filter", "feature", "none"] | None = None
+    """Measure class distances before and after, by patches, filters or features. None: where the method is
+    one that enlarges them, by what it does so with."""
+    encoder: str | None = None
+    """For ``deck`` and distances by features: a name of :func:`untrojan.models.encoders.load_encoder`."""
     seed: Annotated[int, Ge(0)] = 0
 
     def repair(self, name: str) -> Repair:
         """The method called ``name``. Raises UntrojanError for an unknown name or option."""
-        options = {"seed": self.seed} if "seed" in REPAIRS.get(name).__dataclass_fields__ else {}  # type: ignore[attr-defined]
+        known = REPAIRS.options(name)
+        options: dict[str, Any] = {"seed": self.seed} if "seed" in known else {}
+        if "encoder" in known and self.encoder is not None:
+            options["encoder"] = self.encoder
         return REPAIRS.build(name, {**options, **self.method_options})
 
     def repairs(self) -> dict[str, Repair]:
@@ -62,6 +74,18 @@ class RepairOptions:
         if self.method_options:
             raise UntrojanError("settings belong to one method: name it instead of auto, or drop them")
         return {name: self.repair(name) for name in self.tried}
+
+    def distances(self) -> ClassDistance | None:
+        """How class distances are measured, if they are. Raises UntrojanError for an encoder that nothing
+        would be asked of."""
+        measure = self.distance or HARDENED_BY.get(self.method) or "none"
+        encoder = self.encoder or self.method_options.get("encoder", "local")
+        repairs = self.repairs()
+        if self.encoder is not None and measure != "feature" and "deck" not in repairs:
+            raise UntrojanError("an encoder is for --method deck, or for --distance feature")
+        if self.encoder is not None and "encoder" in self.method_options:
+            raise UntrojanError("the encoder is given twice: drop the method's setting")
+        return None if measure == "none" else few_pairs(measure, self.seed, encoder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +149,7 @@ class Repaired:
     """All that ``auto`` tried."""
     within_tolerance: bool = True
     """Whether the one chosen costs no more accuracy than ``auto`` was told to accept."""
+    distance: DistanceChange | None = None
 
 
 def run_repair(
@@ -136,35 +161,31 @@ def run_repair(
     for a model that is no better than chance, for a network that the method cannot repair, and, of ``auto``,
     where no method can.
     """
-    repairs = options.repairs()
+    repairs, measuring = options.repairs(), options.distances()
     costs: dict[str, Cost] = {}
     with measure() as costs["accuracy before"]:
         before = benign_accuracy(model, images.held_out)
-    _check_above_chance(before, images.held_out)
+    check_above_chance(before, images.held_out)
     scanning = options.scan or options.method == AUTO
-    scan_before = None
+    scan_before, probe = None, None
     if scanning:
         place = work and inversion_file(work, _SCAN_SCHEDULE, options.seed)
         with measure() as costs["scan before"]:
             scan_before = _scan(model, images.repair, options.seed, place)
-    candidates: list[Candidate] = []
-    scans: dict[str, ScanReport] = {}
-    for name, repair in repairs.items():
-        candidate = _tried(name, repair, model, images, work)
-        costs[f"repair: {name}"] = candidate.cost
-        if candidate.report is None and options.method != AUTO:
-            raise UntrojanError(candidate.error)
-        if candidate.report is not None and scanning:
-            place = work and work / f"{name}-after.safetensors"
-            with measure() as costs[f"scan after: {name}"]:
-                scans[name] = _scan(candidate.report.model, images.repair, options.seed, place)
-            smallest = smallest_mask(scans[name])
-            candidate = replace(candidate, smallest_mask=None if smallest is None else smallest[1])
-        candidates.append(candidate)
+    if measuring is not None:
+        place = work and work / "distances-before.safetensors"
+        with measure() as costs["class distances before"]:
+            probe = DistanceProbe.of(model, images.repair, images.held_out, measuring, place)
+    candidates, scans = _tried_all(model, images, options, repairs, work, costs)
     chosen = choose(candidates, before, options.tolerance)
     if chosen is None or chosen.report is None:
         reasons = "; ".join(f"{each.name}: {each.error}" for each in candidates)
         raise UntrojanError(f"no method could repair this model ({reasons})")
+    change = None
+    if probe is not None:
+        place = work and work / f"distances-{chosen.name}.safetensors"
+        with measure() as costs["class distances after"]:
+            change = probe.compare(chosen.report.model, place)
     return Repaired(
         model=chosen.report.model,
         method=chosen.name,
@@ -177,7 +198,30 @@ def run_repair(
         scan_after=scans.get(chosen.name),
         candidates=tuple(candidates) if options.method == AUTO else (),
         within_tolerance=chosen.within(before, options.tolerance),
+        distance=change,
     )
+
+
+def _tried_all(
+    model: Classifier, images: CleanImages, options: RepairOptions, repairs: Mapping[str, Repair],
+    work: Path | None, costs: dict[str, Cost],
+) -> tuple[list[Candidate], dict[str, ScanReport]]:  # fmt: skip
+    """Every method's outcome, and the scans of what came out. What each cost is added to ``costs``."""
+    candidates: list[Candidate] = []
+    scans: dict[str, ScanReport] = {}
+    for name, repair in repairs.items():
+        candidate = _tried(name, repair, model, images, work)
+        costs[f"repair: {name}"] = candidate.cost
+        if candidate.report is None and options.method != AUTO:
+            raise UntrojanError(candidate.error)
+        if candidate.report is not None and (options.scan or options.method == AUTO):
+            place = work and work / f"{name}-after.safetensors"
+            with measure() as costs[f"scan after: {name}"]:
+                scans[name] = _scan(candidate.report.model, images.repair, options.seed, place)
+            smallest = smallest_mask(scans[name])
+            candidate = replace(candidate, smallest_mask=None if smallest is None else smallest[1])
+        candidates.append(candidate)
+    return candidates, scans
 
 
 def _tried(name: str, repair: Repair, model: Classifier, images: CleanImages, work: Path | None) -> Candidate:
@@ -194,8 +238,9 @@ def _scan(model: Classifier, clean: ImageSet, seed: int, checkpoint: Path | None
     return NeuralCleanse(schedule=_SCAN_SCHEDULE, seed=seed)(model, clean, checkpoint=checkpoint)
 
 
-def _check_above_chance(accuracy: float, held_out: ImageSet) -> None:
-    """Guessing is right once in K; three standard errors above that is no luck."""
+def check_above_chance(accuracy: float, held_out: ImageSet) -> None:
+    """Raise UntrojanError for a model that guesses: it is right once in K, and three standard errors above
+    that are no luck."""
     chance = 1 / held_out.num_classes
     margin = 3 * math.sqrt(chance * (1 - chance) / len(held_out))
     if accuracy <= chance + margin:
@@ -239,6 +284,7 @@ def metrics_of(done: Repaired) -> dict[str, Any]:
             for each in done.candidates
         ],
         "within_tolerance": done.within_tolerance if done.candidates else None,
+        "class_distance": None if done.distance is None else done.distance.to_json(),
         "details": {key: value for key, value in done.report.history.items() if not _is_table(value)},
         "cost": {"total": total.to_json(), **{name: cost.to_json() for name, cost in done.costs.items()}},
     }

@@ -84,8 +84,11 @@ def _pair(options: Mapping[str, Any] | None) -> list[Any] | None:
 
 def _defense_options(entry: DefenseEntry) -> dict[str, Any]:
     from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.defenses.repair.registry import REPAIRS
     from untrojan.defenses.training.registry import TRAINING_DEFENSES
 
+    if entry.repair is not None:
+        return options_of(REPAIRS.build(entry.repair, entry.options))
     if entry.training is not None:
         return options_of(TRAINING_DEFENSES.build(entry.training, entry.options))
     if entry.cleanser is None:
@@ -123,8 +126,10 @@ class _Expansion:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
         if defense.training is not None:
             stages |= self._trained_defended(attack_name, defense_name, defense, poisoned, seed)
+        if defense.repair is not None:
+            stages |= self._repaired(attack_name, defense_name, defense, poisoned, victim, seed)
         axes = self._axes(attack_name, defense_name)
-        deciding = stages.get("audit") or stages.get("defense")
+        deciding = stages.get("audit") or stages.get("defense") or stages.get("repair")
         config = {
             "data": dict(self.data.config),
             "architecture": self.net.architecture,
@@ -139,7 +144,7 @@ class _Expansion:
         """A model that its trainer infected, and a detector that is asked about it."""
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
         options = self.resolved.attacks[attack_name]
-        asks_set = defense.training or (defense.cleanser and not defense.exposure)
+        asks_set = defense.training or defense.repair or (defense.cleanser and not defense.exposure)
         if attack.sdrm is None or options is None or asks_set:
             raise UntrojanError(
                 f"cell {attack_name}/{defense_name}: infected models (sdrm) and exposure go together: keep "
@@ -273,6 +278,26 @@ class _Expansion:
             "defended": self._evaluated(trained, poisoned, f"{label} model"),
             "dropping": self._stage("score_dropped", {}, known | {"defense": trained}, f"{label} dropped"),
         }
+
+    def _repaired(
+        self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, victim: Stage, seed: int
+    ) -> dict[str, Stage]:
+        known = {"data": self.data, "poisoned": poisoned, "victim": victim}
+        config = {
+            "architecture": self.net.architecture,
+            "repair": defense.repair,
+            "options": self._seeded(name, defense, seed),
+            "share": defense.share,
+            "seed": seed,
+        }
+        label = f"{attack} {name}"
+        repaired = self._stage("repair", config, known, f"{label} repair", profile=name)
+        stages = {"repair": repaired, "repaired": self._evaluated(repaired, poisoned, f"{label} repaired")}
+        if defense.robustness or defense.distance is not None:
+            asked = {"robustness": defense.robustness, "distance": defense.distance, "seed": seed}
+            inputs = known | {"repaired": repaired}
+            stages["effects"] = self._stage("assess", asked, inputs, f"{label} effects", profile=name)
+        return stages
 
     def _seeded(self, name: str, defense: DefenseEntry, seed: int) -> dict[str, Any]:
         """The defence's options, under the cell's seed unless the plan gives one."""

@@ -67,17 +67,29 @@ MEASURES: Mapping[str, Measure] = {
     "dropping.removed": Measure("dropped", "number"),
     "dropping.falsely_removed": Measure("dropped clean", "number"),
     "defense.seconds": Measure("defence s", "seconds"),
+    "repair.images": Measure("clean images", "number"),
+    "repair.seconds": Measure("repair s", "seconds"),
+    "repair.forwards": Measure("forwards", "number"),
+    "repair.backwards": Measure("backwards", "number"),
+    "repair.passed": Measure("images passed", "number"),
+    "robustness.before": Measure("robust ACC before", "share"),
+    "robustness.after": Measure("robust ACC", "share"),
+    "robustness.cost": Measure("robust ACC below undefended", "share"),
+    "distance.before": Measure("distance before", "number"),
+    "distance.after": Measure("distance", "number"),
+    "distance.increase": Measure("distance increase", "share"),
     "retrained.attack_success": Measure("retrained ASR", "share"),
     "retrained.benign_accuracy": Measure("retrained ACC", "share"),
     "retrained.accuracy_drop": Measure("retrained ACC below clean", "share"),
-    # Of the model that one ends with: the training defence's, else the retrained one, else the victim.
+    # Of the model that one ends with: the training defence's, the repaired or the retrained one, else the
+    # victim.
     "final.attack_success": Measure("ASR", "share"),
     "final.benign_accuracy": Measure("BA", "share"),
     "final.accuracy_drop": Measure("BA below clean", "share"),
     "final.accuracy_cost": Measure("BA below undefended", "share"),
 }
 
-FINAL = ("defended", "retrained", "undefended")
+FINAL = ("defended", "repaired", "retrained", "undefended")
 """Sections of a cell's result that tell of a model, the one that counts in the end first."""
 
 
@@ -88,7 +100,7 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
         parts = [part for part in result.get("cost", ()) if part.get("kind") == "audit"]
         return float(sum(part.get(key, 0.0) for part in parts)) if parts else None
     if name == "defense.seconds":
-        parts = [part for part in result.get("cost", ()) if part.get("kind") == "defend"]
+        parts = [part for part in result.get("cost", ()) if part.get("kind") in ("defend", "repair")]
         return float(sum(part.get(key, 0.0) for part in parts)) if parts else None
     sections = result.get("result") or {}
     if section == "final":

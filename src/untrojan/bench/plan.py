@@ -214,26 +214,39 @@ class DefenseEntry(_Strict):
     """None leaves the set as it is."""
     training: str | None = None
     """A training defence: trains the model itself, by the victim's recipe. Such an entry has no cleanser."""
+    repair: str | None = None
+    """A repair: mends the victim with a few clean images. Such an entry has no cleanser."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Of the training set, in equal numbers of each class, drawn from what the attacker did not touch: the
+    images that the repair learns from."""
+    robustness: bool = False
+    """Measure the repaired model's accuracy under PGD, and the victim's."""
+    distance: Literal["mask", "filter", "feature"] | None = None
+    """Measure the change of class distances in this way, on a few pairs."""
     options: dict[str, Any] = {}
-    """Of the cleanser or the training defence."""
+    """Of the cleanser, the training defence or the repair."""
     retrain: bool = True
     canaries: bool = True
     """Whether a ``clean`` is doubted until a twin of the probe has shown that it learns faint patterns: one
     more training. Published comparisons take every verdict at its word."""
     published: str | None = None
-    """The defence's name in the published figures; where it is left out the cleanser's, or ``training-`` and
-    the training defence's."""
+    """The defence's name in the published figures; where it is left out the cleanser's or the repair's, or
+    ``training-`` and the training defence's."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> DefenseEntry:
         if self.training is not None and (self.cleanser is not None or self.exposure is not None):
             raise ValueError("a training defence stands alone: drop cleanser and exposure")
+        if self.repair is not None and (self.cleanser or self.exposure or self.training):
+            raise ValueError("a repair stands alone: drop cleanser, exposure and training")
+        if self.repair is None and self.model_fields_set & {"share", "robustness", "distance"}:
+            raise ValueError("share, robustness and distance are a repair's: name it, or drop them")
         return self
 
     @property
     def published_name(self) -> str:
         trained = None if self.training is None else f"training-{self.training}"
-        return self.published or self.cleanser or trained or "none"
+        return self.published or self.cleanser or trained or self.repair or "none"
 
 
 class GridEntry(_Strict):
@@ -388,6 +401,7 @@ def read_plan(path: Path) -> Plan:
 def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
     """What pydantic cannot know: the names and options that registries hold."""
     from untrojan.defenses.cleansing.registry import CLEANSERS
+    from untrojan.defenses.repair.registry import REPAIRS
     from untrojan.defenses.training.registry import TRAINING_DEFENSES
     from untrojan.models.registry import check_name
 
@@ -414,6 +428,8 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
             yield f"defenses.{name}", partial(CLEANSERS.build, defense.cleanser, defense.options)
         if defense.training is not None:
             yield f"defenses.{name}", partial(TRAINING_DEFENSES.build, defense.training, defense.options)
+        if defense.repair is not None:
+            yield f"defenses.{name}", partial(REPAIRS.build, defense.repair, defense.options)
     choices: list[tuple[str, GridEntry | Choice]] = [
         *((f"grid.{index}", grid) for index, grid in enumerate(plan.grid)),
         *((f"tables.{table.name}.cells", table.cells) for table in plan.tables),

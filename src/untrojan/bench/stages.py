@@ -205,6 +205,74 @@ def score_dropped(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     return {"sections": {"dropping": cleansing_rates(dropped, made.train.labels, records).to_json()}}
 
 
+def repair(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Mend the victim with clean images, which are all that the repair gets beside it."""
+    from untrojan.cost import measure
+    from untrojan.defenses.repair.registry import REPAIRS
+    from untrojan.metrics.accuracy import benign_accuracy
+    from untrojan.models.checkpoints import save_checkpoint
+    from untrojan.repair import check_above_chance
+    from untrojan.runs import json_text, write_bytes_atomically
+
+    victim = _model(place.inputs["victim"])
+    clean = _untouched(_poisoned(place), config["share"], config["seed"])
+    check_above_chance(benign_accuracy(victim, clean), clean)
+    with measure() as cost:
+        report = REPAIRS.build(config["repair"], config["options"])(
+            victim, clean, checkpoint=place.scratch / "repair.pt"
+        )
+    save_checkpoint(place.out / MODEL, report.model, clean.class_names)
+    write_bytes_atomically(place.out / "history.json", json_text(report.history).encode())
+    spent = cost.to_json()
+    return {
+        "images": len(clean),
+        "seconds": spent["seconds"],
+        "forwards": spent["forwards"],
+        "backwards": spent["backwards"],
+        "passed": spent["images"],
+    }
+
+
+def _untouched(made: _Made, share: float, seed: int) -> ImageSet:
+    """Training images that the attacker left as they were: ``share`` of the set, as many of each class."""
+    import torch
+
+    from untrojan.defenses.repair.tuning import balanced
+
+    touched = torch.zeros(len(made.train), dtype=torch.bool)
+    if made.attack is not None:
+        record = made.attack.record
+        touched = record.poisoned if record.cover is None else record.poisoned | record.cover
+    pool = made.train.select(~touched)
+    of_each = max(1, round(share * len(made.train) / pool.num_classes))
+    return pool.select(balanced(pool, of_each, seed, "repair images"))
+
+
+def assess(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """What a repair did beside its task: accuracy under attack and class distances, before and after."""
+    from untrojan.distance_change import DistanceProbe, few_pairs
+    from untrojan.metrics.robustness import PROTOCOLS, robust_accuracy
+
+    made = _poisoned(place)
+    victim, repaired = (_model(place.inputs[name]) for name in ("victim", "repaired"))
+    sections: dict[str, Any] = {}
+    if config["robustness"]:
+        name = _record(place.inputs["data"])["config"]["name"]
+        before, after = (
+            robust_accuracy(each, made.test, PROTOCOLS.get(name), seed=config["seed"])
+            for each in (victim, repaired)
+        )
+        sections["robustness"] = {"before": before, "after": after, "cost": before - after}
+    if config["distance"] is not None:
+        asked = few_pairs(config["distance"], config["seed"])
+        share = _record(place.inputs["repaired"])["config"]["share"]
+        learned = _untouched(made, share, config["seed"])
+        probe = DistanceProbe.of(victim, learned, made.test, asked, place.scratch / "before.safetensors")
+        change = probe.compare(repaired, place.scratch / "after.safetensors")
+        sections["distance"] = change.to_json()
+    return {"sections": sections}
+
+
 def infect(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Train a model that its trainer infects, and measure how well its backdoor works and hides."""
     from untrojan.attacks import infect as attacks
@@ -272,6 +340,8 @@ STAGES: Mapping[str, StageFunction] = {
     "expose": expose,
     "defend": defend,
     "score_dropped": score_dropped,
+    "repair": repair,
+    "assess": assess,
 }
 
 

@@ -20,4 +20,6 @@ VERSIONS: Mapping[str, int] = {
     "expose": 1,
     "defend": 1,
     "score_dropped": 1,
+    "repair": 1,
+    "assess": 1,
 }

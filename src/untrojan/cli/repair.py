@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,20 +18,22 @@ if TYPE_CHECKING:
 
 
 def repair(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint.", show_default=False)],
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="A checkpoint.", show_default=False)
+    ] = None,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--data", metavar="CLEAN", help="Clean images. " + options.DATA_HELP, show_default=False
         ),
-    ],
-    out: options.Out,
+    ] = None,
+    out: options.MaybeOut = None,
     method: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="auto: try the quick ones and keep the best; or finetune, fine-pruning, nad, mcr, "
-            "unlearning, neuron-pruning and others, which an unknown name lists.",
+            help="auto: try the quick ones and keep the best; or finetune, fine-pruning, nad, anp, moth, "
+            "deck and others, which an unknown name lists.",
         ),
     ] = "auto",
     method_option: Annotated[
@@ -37,7 +41,9 @@ def repair(
     ] = None,
     tried: Annotated[
         list[str] | None,
-        typer.Option("--try", metavar="NAME", help="What auto tries instead of the quick ones; repeatable."),
+        typer.Option(
+            "--try", metavar="NAME", help="What auto tries instead of the quick ones; repeatable, or all."
+        ),
     ] = None,
     share: Annotated[
         float | None,
@@ -55,6 +61,29 @@ def repair(
     scan: Annotated[
         bool, typer.Option("--scan", help="Look for triggers before and after; auto always does.")
     ] = False,
+    distance: Annotated[
+        Literal["mask", "filter", "feature", "none"] | None,
+        typer.Option(
+            help="Measure class distances before and after, with patches, filters or features of an encoder; "
+            "moth and deck do, unless none is asked for.",
+        ),
+    ] = None,
+    train_decoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Train deck's decoder on these images, of any classes, and keep it in the cache for later; "
+            "without MODEL, that is all.",
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="deck's encoder: vgg, vgg-pool2, efficientnet-lite0, local, one that --train-decoder has "
+            "named, or your module:factory.",
+        ),
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too.")] = False,
     architecture: options.Architecture = None,
     mean: options.Mean = None,
@@ -74,8 +103,19 @@ def repair(
     Example: [bold]untrojan repair model/model.safetensors --data signs --out repaired[/bold]
 
     One method: [bold]untrojan repair m.safetensors --data photos/ --method nad --out repaired[/bold]
+
+    A decoder for deck: [bold]untrojan repair --train-decoder photos/ --encoder vgg[/bold]
     """
     options.begin(threads, quiet)
+    if model is None:
+        if train_decoder is None:
+            raise UntrojanError(
+                "give a MODEL to repair, or --train-decoder IMAGES (see: untrojan repair --help)"
+            )
+        _only_train(train_decoder, encoder, size, seed, json, quiet, out or data or method_option or tried)
+        return
+    if data is None or out is None:
+        raise UntrojanError(f"{'--data CLEAN' if data is None else '--out DIR'} is missing")
     from untrojan.data.load import load
     from untrojan.models.checkpoints import save_checkpoint
     from untrojan.registry import validated
@@ -84,14 +124,14 @@ def repair(
 
     given: dict[str, Any] = {
         "method": method, "method_options": inputs.key_values(method_option, "--method-option"),
-        "share": share, "hold_out": hold_out, "tolerance": tolerance, "scan": scan, "seed": seed,
+        "share": share, "hold_out": hold_out, "tolerance": tolerance, "scan": scan, "distance": distance,
+        "encoder": encoder, "seed": seed, **_tried(tried, method),
     }  # fmt: skip
-    if tried:
-        if method != "auto":
-            raise UntrojanError("--try is for auto: leave out --method, or --try")
-        given["tried"] = list(dict.fromkeys(tried))
     asked = validated(RepairOptions, given, "repair")
     repairs = asked.repairs()
+    asked.distances()
+    if train_decoder is not None and "deck" not in repairs:
+        raise UntrojanError("--train-decoder is for --method deck: name it, or leave out MODEL")
     _keep_apart(model, data, out)
     if onnx:
         from untrojan.models.onnx import check_exporter
@@ -100,7 +140,7 @@ def repair(
     config = {
         "model": model, "model_sha256": inputs.sha256(model), "data": data, "size": size, "onnx": onnx,
         "architecture": architecture, "mean": mean, "std": std, "options": asked, "methods": repairs,
-        "seed": seed,
+        "train_decoder": train_decoder, "seed": seed,
     }  # fmt: skip
     with RunFolder(out, "repair", config, overwrite=overwrite) as folder:
         splits = load(data, size=size, minimum_per_class=0)
@@ -108,10 +148,12 @@ def repair(
         images = clean_images(splits, asked)
         folder.use_data("repair", images.repair)
         folder.use_data("held out", images.held_out)
+        if train_decoder is not None:
+            asked = _with_decoder(asked, train_decoder, size, folder.work)
         done = run_repair(classifier, images, asked, folder.work)
         metrics = metrics_of(done)
         folder.write_json("metrics.json", metrics)
-        _write(folder, done, asked, str(model), repairs)
+        _write(folder, done, asked, str(model), asked.repairs())
         save_checkpoint(folder.staged("model.safetensors"), done.model, splits.train.class_names)
         if onnx:
             from untrojan.models.onnx import export_onnx
@@ -121,6 +163,69 @@ def repair(
         options.print_json(metrics)
     elif not quiet:
         _summary(done, images, out)
+
+
+def _tried(tried: list[str] | None, method: str) -> dict[str, Any]:
+    """What ``--try`` says, as an option."""
+    if not tried:
+        return {}
+    if method != "auto":
+        raise UntrojanError("--try is for auto: leave out --method, or --try")
+    if tried == ["all"]:
+        from untrojan.defenses.repair.registry import REPAIRS
+
+        return {"tried": list(REPAIRS.names())}
+    return {"tried": list(dict.fromkeys(tried))}
+
+
+def _only_train(
+    source: str, encoder: str | None, size: int | None, seed: int, json: bool, quiet: bool, idle: object
+) -> None:
+    """``--train-decoder`` without a model: train, keep and tell."""
+    if idle:
+        raise UntrojanError(
+            "without MODEL, --train-decoder trains a decoder and no more: drop the other options"
+        )
+    told = _trained_decoder(source, encoder or "local", size, seed)
+    if json:
+        options.print_json(told)
+    elif not quiet:
+        options.say(f"encoder: {told['encoder']}")
+        options.say(f"decoder: {told['psnr']:.1f} dB of PSNR on images that it was not trained on")
+        options.say(
+            f"kept in {told['decoder']}" if told["decoder"] else "kept nowhere: the cache is not writable"
+        )
+        options.say(f"use it: --method deck --encoder {told['encoder']}")
+
+
+def _trained_decoder(source: str, encoder: str, size: int | None, seed: int) -> dict[str, Any]:
+    from untrojan.data.load import load
+    from untrojan.models.decoders import decoder_file, prepare_decoder
+
+    images = load(source, size=size, minimum_per_class=0).train
+    made, decoder = prepare_decoder(encoder, images, seed=seed, retrain=True)
+    place = decoder_file(made)
+    # A user's encoder goes by the name it was asked for.
+    name = made.name if encoder == "local" else encoder
+    return {
+        "encoder": name, "encoder_sha256": made.fingerprint(), "psnr": decoder.psnr, "images": len(images),
+        "decoder": str(place) if place.is_file() else None,
+    }  # fmt: skip
+
+
+def _with_decoder(asked: RepairOptions, source: str, size: int | None, work: Path) -> RepairOptions:
+    """The options with the encoder whose decoder is trained here, once in a run's life."""
+    from untrojan.runs import json_text, write_bytes_atomically
+
+    place = work / "decoder.json"
+    if place.is_file():
+        told = loads(place.read_text(encoding="utf-8"))
+    else:
+        encoder = asked.encoder or asked.method_options.get("encoder", "local")
+        told = _trained_decoder(source, encoder, size, asked.seed)
+        write_bytes_atomically(place, json_text(told).encode())
+    settings = {key: value for key, value in asked.method_options.items() if key != "encoder"}
+    return replace(asked, encoder=told["encoder"], method_options=settings)
 
 
 def _keep_apart(model: Path, data: str, out: Path) -> None:
@@ -154,6 +259,10 @@ def _summary(done: Repaired, images: CleanImages, out: Path) -> None:
         f"accuracy on {len(images.held_out)} {'test' if images.split == 'test' else 'held-out'} images: "
         f"{options.share(done.accuracy_before)} before, {options.share(done.accuracy_after)} after"
     )
+    if done.distance is not None:
+        change = done.distance.to_json()
+        grown = "not measurable" if change["increase"] is None else f"{change['increase']:+.0%}"
+        options.say(f"class distance ({change['measure']}): {grown} over {change['pairs']} pairs")
     for when, scan in (("before", done.scan_before), ("after", done.scan_after)):
         if scan is not None:
             smallest = smallest_mask(scan)

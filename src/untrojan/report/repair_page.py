@@ -9,23 +9,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from untrojan.distance_change import UNITS, DistanceChange
 from untrojan.report.audit_page import RunFacts
 from untrojan.report.curves import curves
 from untrojan.report.environment import environment
 from untrojan.report.images import affordable_side, data_uri, reduced
 from untrojan.triggers.base import to_bytes
 
-TITLES = {
-    "finetune": "standard fine-tuning",
-    "fine-pruning": "fine-pruning",
-    "nad": "neural attention distillation (NAD)",
-    "mcr": "mode connectivity repair (MCR)",
-    "unlearning": "unlearning of inverted triggers",
-    "neuron-pruning": "pruning of the neurons that an inverted trigger excites",
+METHODS: Mapping[str, tuple[str, str]] = {
+    "finetune": (
+        "standard fine-tuning",
+        "It is trained on for a few epochs, with a learning rate that falls soon.",
+    ),
+    "fine-pruning": (
+        "fine-pruning",
+        "Channels of the last convolution that clean images leave idle are silenced as long as accuracy "
+        "lasts, and the rest is fine-tuned.",
+    ),
+    "nad": (
+        "neural attention distillation (NAD)",
+        "A fine-tuned copy teaches it where to look: their attention maps are brought together.",
+    ),
+    "mcr": (
+        "mode connectivity repair (MCR)",
+        "A curve of low loss is trained between it and a fine-tuned copy, and a point in between is kept.",
+    ),
+    "unlearning": (
+        "unlearning of inverted triggers",
+        "Triggers that Neural Cleanse inverts are stamped on images that keep their right labels.",
+    ),
+    "neuron-pruning": (
+        "pruning of the neurons that an inverted trigger excites",
+        "Neurons are silenced in the order in which the trigger that Neural Cleanse inverts excites them.",
+    ),
+    "anp": (
+        "adversarial neuron pruning (ANP)",
+        "Neurons whose perturbed weights mislead it most are silenced as long as accuracy lasts.",
+    ),
+    "clp": (
+        "channel Lipschitz pruning (CLP)",
+        "Channels that answer far more strongly than the rest of their layer can are silenced, by the "
+        "weights alone.",
+    ),
+    "ft-sam": (
+        "sharpness-aware fine-tuning (FT-SAM)",
+        "Fine-tuning looks for flat minima, which moves the large weights of a backdoor further.",
+    ),
+    "i-bau": (
+        "implicit backdoor adversarial unlearning (I-BAU)",
+        "The universal perturbation that misleads it most is found and unlearned, round after round.",
+    ),
+    "moth": (
+        "hardening against patches (MOTH)",
+        "It is trained on images with patches that make one class look like another, rightly labelled, so "
+        "that larger ones are needed.",
+    ),
+    "deck": (
+        "hardening against pervasive backdoors (DECK)",
+        "It is trained on images whose features were changed so that one class looks like another, rightly "
+        "labelled, so that larger changes are needed.",
+    ),
 }
-"""Methods in words; others appear under their own names."""
+"""Methods in words, and what each does to the model."""
+TITLES: Mapping[str, str] = {name: title for name, (title, _) in METHODS.items()}
 
 _PICTURE_BYTES = 200_000
+_GENERATED_BYTES = 300_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +125,7 @@ class RepairPage:
     before: Look | None = None
     after: Look | None = None
     tried: tuple[Tried, ...] = ()
+    distance: DistanceChange | None = None
     run: RunFacts | None = None
 
     @property
@@ -93,6 +143,10 @@ class RepairPage:
     def title(self) -> str:
         return TITLES.get(self.method, self.method)
 
+    @property
+    def what_it_does(self) -> str:
+        return METHODS[self.method][1] if self.method in METHODS else ""
+
 
 def render_repair(page: RepairPage) -> str:
     """The page as one HTML document: no script, nothing fetched, every name escaped; the same page gives the
@@ -100,8 +154,30 @@ def render_repair(page: RepairPage) -> str:
     return (
         environment()
         .get_template("repair.html")
-        .render(page=page, titles=TITLES, curves=_curves(page.history), pictures=_pictures(page))
+        .render(
+            page=page,
+            titles=TITLES,
+            curves=_curves(page.history),
+            pictures=_pictures(page),
+            distances=None if page.distance is None else _distances(page.distance),
+        )
     )
+
+
+def _distances(change: DistanceChange) -> dict[str, Any]:
+    """Figures of the change, and the images that were generated, encoded within the page's budget."""
+    shown = change.images
+    shape = tuple(shown[0].clean.shape) if shown else (3, 8, 8)
+    side = affordable_side(shape, 2 * len(shown), _GENERATED_BYTES)
+    examples = [
+        {
+            "image": each,
+            "clean": data_uri(reduced(each.clean, side)),
+            "generated": data_uri(reduced(each.generated, side)),
+        }
+        for each in shown
+    ]
+    return {**change.to_json(), "unit": UNITS[change.measure], "examples": examples}
 
 
 def _curves(history: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -6,13 +6,13 @@ Tao et al., "DECK: Model Hardening for Defending Pervasive Backdoors", sections 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Interval
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.hardening import Hardening
-from untrojan.inversion.generators import FeatureGenerator
+from untrojan.inversion.generators import FeatureGenerator, Generator
 from untrojan.models.classifier import Classifier
 
 
@@ -28,7 +28,7 @@ class DECK(Hardening):
     """Not stated in the paper; a tenth, as in MOTH, is a single image of a class in each step."""
     encoder: str = "local"
     """A name of :func:`untrojan.models.encoders.load_encoder`. ``vgg`` is the paper's; ``local`` needs
-    nothing but the clean images."""
+    nothing but the clean images. A decoder for it is taken from the cache where there is one."""
     regions: Annotated[int, Ge(1)] = 4
     """z: a map is cut into z x z regions. Not stated in the paper."""
     kernel: Annotated[int, Ge(1)] = 3
@@ -39,3 +39,12 @@ class DECK(Hardening):
 
         encoder, decoder = prepare_decoder(self.encoder, clean, seed=self.seed, device=str(model.device))
         return FeatureGenerator(encoder, decoder, self.regions, self.kernel)
+
+    def told(self, generator: Generator) -> dict[str, Any]:
+        assert isinstance(generator, FeatureGenerator)
+        encoder, decoder = generator.encoder, generator.decoder
+        return {
+            "encoder": encoder.name,
+            "encoder_sha256": encoder.fingerprint(),
+            "decoder_psnr": decoder.psnr,
+        }

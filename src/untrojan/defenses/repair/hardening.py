@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,20 @@ class PairStates:
             for source, target, step, before, after in self.visits[: int(self.visited)].tolist()
         ]  # fmt: skip
 
+    def searches(self) -> dict[str, int]:
+        """How many ways were searched, and for how many the last search failed.
+
+        Raises UntrojanError where not one ever succeeded.
+        """
+        after = self.visits[: int(self.visited), 4]
+        failed = int(after.isnan().sum())
+        if len(after) and not int(self.stored_count):
+            raise UntrojanError(
+                f"nothing was hardened: none of {failed} searches made images of one class look like "
+                "another's; search longer (schedule=paper) or ask for less (flip_fraction=0.5)"
+            )
+        return {"made": len(after), "failed": failed}
+
 
 @dataclass(frozen=True)
 class Hardening:
@@ -201,7 +215,8 @@ class Hardening:
 
         The history holds "epochs", and "visits": for each period and way the trigger's size before and after,
         None where the last search failed. Raises UntrojanError for fewer than five images of a class, where
-        the model's classes are not the images', or where training diverges.
+        the model's classes are not the images', where training diverges, or where no search ever made one
+        class look like another: that is no hardening.
         """
         self._check(model, clean)
         generator = self.generator(model, clean)
@@ -222,7 +237,12 @@ class Hardening:
         )  # fmt: skip
         if int(states.step) > clean.num_classes:
             states.close_period()
-        return RepairReport(repaired, {"epochs": history.to_json(), "visits": states.history()})
+        told = {"searches": states.searches(), **self.told(generator)}
+        return RepairReport(repaired, {"epochs": history.to_json(), "visits": states.history(), **told})
+
+    def told(self, generator: Generator) -> dict[str, Any]:
+        """What else the history says."""
+        return {}
 
     def schedules(self, generator: Generator) -> tuple[Schedule, Schedule, Schedule]:
         """Of the warm-up, of a pair's first step and of its later ones.

@@ -218,13 +218,18 @@ class ClassDistance:
         not tried or never flipped; ``evidence["failed_pairs"]`` and ``evidence["suspicious_pairs"]`` are
         lists of (source, target). Raises UntrojanError where the model's classes are not the images'.
         """
-        generator = self.generator(model, clean)
+        found = self.distances(model, clean, self.generator(model, clean), checkpoint=checkpoint)
+        return self.judge(found, model, clean)
+
+    def distances(
+        self, model: Classifier, data: ImageSet, generator: Generator, *, checkpoint: Path | None = None
+    ) -> Distances:
+        """:func:`class_distances` by these settings. Raises UntrojanError as that does."""
         schedule = schedule_of(generator, self.steps, self.flip_fraction, self.schedule == "paper")
-        found = class_distances(
-            model, clean, generator, schedule, pairs=self.chosen_pairs(clean.num_classes),
+        return class_distances(
+            model, data, generator, schedule, pairs=self.chosen_pairs(data.num_classes),
             images=self.images, trials=self.trials, seed=self.seed, checkpoint=checkpoint,
         )  # fmt: skip
-        return self.judge(found, model, clean)
 
     def generator(self, model: Classifier, clean: ImageSet) -> Generator:
         """What the distances are measured with."""
