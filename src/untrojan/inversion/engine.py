@@ -211,9 +211,6 @@ class Schedule:
     """Source images, and as many target images, in each step of each pair."""
     flip_fraction: float = 0.95
     """The constraint: the share of source images that must be classified as the target (RE's pi)."""
-    both_ways: bool = False
-    """Ask as much of the target's images: that share must no longer be classified as the target. For problems
-    that look at both sides, where all of the target's images are believed to carry what is sought."""
     confirm_images: int | None = None
     """Source images on which the constraint is confirmed; None takes every one. 0 never confirms it: every
     pair takes all its steps, and none is reported as solved."""
@@ -226,6 +223,9 @@ class Schedule:
     images_a_forward: int = 512
     shrink: Shrink | None = None
     """Without it a pair is finished when it meets the constraint."""
+    both_ways: bool = False
+    """Ask as much of the target's images: that share must no longer be classified as the target. For problems
+    that look at both sides, where all of the target's images are believed to carry what is sought."""
 
 
 PAPER = Schedule(RawGradient(1e-4), images_a_side=256)
