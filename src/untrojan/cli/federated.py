@@ -130,6 +130,7 @@ def federated(
         raise UntrojanError(f"--malicious {malicious} is more than --clients {clients}")
     if superlink is None and (insecure or root_certificates is not None):
         raise UntrojanError("--insecure and --root-certificates belong to --superlink: add it, or drop them")
+    inputs.keep_apart(out, {"the data": data})
     splits = load(data, size=size)
     train = splits.train
     small = _small(train)

@@ -301,7 +301,13 @@ class _Run:
             raise UntrojanError(
                 f"{path} is the checkpoint of another run: remove it, or choose another folder"
             )
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError:
+            # The user's own network, say, whose code has changed since.
+            raise UntrojanError(
+                f"{path} is the checkpoint of another network: remove it, or choose another folder"
+            ) from None
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         with torch.no_grad():
