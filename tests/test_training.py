@@ -133,6 +133,12 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train(tiny_net(), data, QUICK, seed=1, checkpoint=checkpoint)
 
 
+def test_a_network_that_has_nothing_to_train() -> None:
+    frozen = tiny_net().requires_grad_(False)
+    with pytest.raises(UntrojanError, match="no weights that are trained"):
+        train(frozen, coloured(), QUICK)
+
+
 def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()

@@ -100,7 +100,7 @@ def train(
             _write_dropped(folder, splits.train, report.dropped)
             metrics |= {"dropped": int(report.dropped.sum()), "defense": report.evidence}
         metrics |= {
-            "training_accuracy": rows[-1]["accuracy"],
+            "training_accuracy": report.training_accuracy,
             "benign_accuracy": benign_accuracy(model, splits.test) if splits.test else None,
         }
         folder.write_csv(

@@ -322,6 +322,8 @@ class _Run:
 
 def _optimizer(model: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not weights:
+        raise UntrojanError(f"{model.architecture} has no weights that are trained: choose another network")
     if recipe.optimizer == "adam":
         return torch.optim.Adam(weights, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(
