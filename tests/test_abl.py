@@ -68,6 +68,8 @@ def test_what_is_learned_first_is_isolated_and_unlearned() -> None:
     assert success(report.model) < 0.3 * success(plain)
     assert accuracy(report.model) > accuracy(plain) - 0.15
     assert len(report.history) == 3 + 6 + 6
+    # Not of the epochs that unlearn, on a few images that are then taken for anything else.
+    assert report.training_accuracy == report.history[8]["accuracy"] > report.history[-1]["accuracy"]
 
 
 def test_the_least_losses_are_isolated() -> None:

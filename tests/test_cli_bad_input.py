@@ -279,6 +279,12 @@ BAD_OPTIONS = [
     ("train {data} --out {out} --net nowhere:net", "nowhere"),
     ("train {data} --out {out} --preset quick", "quick"),
     ("train {data} --out {out} --learning-rate 0", "learning_rate"),
+    ("train {data} --out {out} --seed 18446744073709551616", "seed"),
+    ("train {data} --out {out} --defense none --defense-option seed=9223372036854775808", "seed"),
+    ("train {data} --out {out} --defense none --defense-option learning_rate=Infinity", "finite"),
+    ("train {data} --out {out} --defense none --defense-option learning_rate=1e999", "finite"),
+    ("scan {data} --data {data} --out {out} --method natural --scan-option sizes=[NaN]", "finite"),
+    ("scan nowhere.pt --data {data} --out {out}", "nowhere.pt"),
     ("audit {data} --out {out} --false-alarm-rate 2", "false-alarm-rate"),
     ("audit {data} --out {out} --schedule slow", "schedule"),
     ("audit {data} --out {out} --level s1", "level 's1'"),
@@ -316,6 +322,23 @@ def test_bad_options(
     assert named in refused(arguments, capsys)
     assert sorted(tmp_path.iterdir()) == [data]
     assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--mean", "nan,0,0", "--std", "1,1,1"], "not a list of numbers"),
+        (["--mean", "0,0,0", "--std", "1,0,1"], "above zero"),
+        (["--mean", "0.5", "--std", "1,1,1"], "--mean has 1 numbers"),
+    ],
+)
+def test_a_normalisation_that_is_none(
+    options: list[str], said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "weights.pt"
+    torch.save(build_for(images(), "cnn@0.25").network.state_dict(), model)
+    command = ["scan", str(model), "--data", str(data), "--architecture", "cnn@0.25", *options]
+    assert said in refused([*command, "--out", str(tmp_path / "out")], capsys)
 
 
 @pytest.mark.parametrize("command", ["audit", "evaluate"])
@@ -449,3 +472,33 @@ def test_a_bug_is_not_taken_for_bad_input(
     said = capsys.readouterr().err
     assert "ZeroDivisionError: ours" in said
     assert said.splitlines()[-1] == "error: this is a bug in untrojan: please report it with the lines above"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train {old}/clean.npz",
+        "audit {old}/clean.npz",
+        "audit {data} --model {old}/model.safetensors",
+        "audit {data} --trusted {old}/clean.npz",
+        "poison {old}/clean.npz --trigger patch --target 0 --count 1",
+        "poison {data} --attack label-consistent --target 0 --surrogate {old}/model.safetensors",
+        "scan {old}/model.safetensors --data {data}",
+        "scan {old}/model.safetensors --data {old}/clean.npz",
+        "evaluate {old}/model.safetensors --data {data}",
+        "federated {old}/clean.npz",
+    ],
+)
+def test_a_run_does_not_replace_what_it_was_given(
+    line: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if line.startswith("federated"):
+        pytest.importorskip("flwr")
+    old = tmp_path / "old"
+    with RunFolder(old, "train", {}) as folder:
+        folder.write_bytes("clean.npz", data.read_bytes())
+        save_checkpoint(folder.staged("model.safetensors"), build_for(images(), "cnn@0.25"), NAMES)
+    before = {place: place.read_bytes() for place in old.iterdir()}
+    command = [*line.format(data=data, old=old).split(), "--out", str(old), "--overwrite"]
+    assert f"--out {old} holds the" in refused(command, capsys)
+    assert {place: place.read_bytes() for place in old.iterdir()} == before

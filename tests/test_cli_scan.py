@@ -17,7 +17,9 @@ from untrojan.data.image_set import ImageSet, numbered
 from untrojan.data.save import save_npz
 from untrojan.data.signs import make_signs
 from untrojan.defenses.scanning.neural_cleanse import NeuralCleanse
+from untrojan.defenses.scanning.registry import SCANNERS, method_names
 from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
+from untrojan.errors import UntrojanError
 from untrojan.models.checkpoints import save_checkpoint
 from untrojan.models.registry import build_for
 from untrojan.scan import joint
@@ -175,6 +177,31 @@ def test_wrong_choices_are_named_and_nothing_is_left(
     assert main(["scan", case[0], "--data", case[1], "--out", str(out), *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not (out / "metrics.json").exists()
+
+
+def test_a_scan_is_not_resumed_on_another_model(
+    case: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tmp_path / "model.safetensors", tmp_path / "out"
+    save_checkpoint(model, build_for(noise(), "cnn@0.25"), NAMES)
+
+    def interrupted(_self: NeuralCleanse, _model: object, _clean: ImageSet, *, checkpoint: Path) -> None:
+        checkpoint.write_bytes(b"patterns so far")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NeuralCleanse, "__call__", interrupted)
+    command = ["scan", str(model), "--data", case[1], "--out", str(out)]
+    assert main(command) == 130
+    assert main(command) == 130
+    save_checkpoint(model, build_for(noise(), "cnn@0.25", seed=1), NAMES)
+    assert main(command) == 2
+    assert "model_sha256" in capsys.readouterr().err
+
+
+def test_all_is_every_method() -> None:
+    assert method_names(["all", "class-distance"]) == method_names(["all"]) == SCANNERS.names()
+    with pytest.raises(UntrojanError, match="'nonsense'"):
+        method_names(["all,nonsense"])
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_without_flower_the_way_out_is_named(
     ("arguments", "wrong"),
     [
         (["--malicious", "11"], "--malicious 11 is more than --clients 10"),
+        (["--timeout", "nan"], "--timeout nan"),
         (["--insecure"], "belong to --superlink"),
         (["--defense", "plain", "--defense-option", "share=.1"], "needs a defence"),
         (["--defense-option", "sher=.1"], "'sher'"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from untrojan.cost import measure
 from untrojan.data.image_set import ImageSet, numbered
 from untrojan.defenses.training.none import NONE, Analysis, linearity_scores, two_groups
 from untrojan.errors import UntrojanError
@@ -216,12 +217,17 @@ def test_frozen_statistics_stay() -> None:
     assert any(not torch.equal(n.running_mean, m) for n, (m, _) in zip(norms, before, strict=True))  # type: ignore[arg-type]
 
 
-def test_a_net_of_one_layer_is_refused() -> None:
+def test_a_net_of_one_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Classifier(
         nn.Sequential(nn.Flatten(), nn.Linear(768, CLASSES)), CLASSES, torch.zeros(3), torch.ones(3)
     )
     with pytest.raises(UntrojanError, match="layers before the last"):
         NONE().analyse(model, poisoned_blocks())
+    # Before an hour of training, not after it.
+    monkeypatch.setattr("untrojan.defenses.training.none.build_for", lambda *_, **__: model)
+    with measure() as cost, pytest.raises(UntrojanError, match="layers before the last"):
+        NONE()(poisoned_blocks(), "mine:net", QUICK)
+    assert cost.backwards == 0
 
 
 def test_a_net_without_convolutions_is_defended_by_its_linear_layers() -> None:

@@ -133,6 +133,12 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train(tiny_net(), data, QUICK, seed=1, checkpoint=checkpoint)
 
 
+def test_a_network_that_has_nothing_to_train() -> None:
+    frozen = tiny_net().requires_grad_(False)
+    with pytest.raises(UntrojanError, match="no weights that are trained"):
+        train(frozen, coloured(), QUICK)
+
+
 def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -188,3 +194,18 @@ def test_presets_are_by_name_and_scale() -> None:
     with pytest.raises(UntrojanError, match="desk-probe"):
         preset("nonsense")
     assert [probe_recipe(n).epochs for n in (100, 4000, 50_000, 10**7)] == [40, 25, 8, 8]
+
+
+def test_the_checkpoint_of_a_network_that_has_changed_since(tmp_path: Path) -> None:
+    images = ImageSet(
+        torch.zeros(32, 3, 8, 8, dtype=torch.uint8), torch.arange(32) % 2, ("a", "b"), numbered(32)
+    )
+
+    def net(width: int) -> Classifier:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(192, width), nn.Linear(width, 2))
+        return Classifier(network, 2, torch.zeros(3), torch.ones(3), "mine:net", "float32", (3, 8, 8))
+
+    checkpoint = tmp_path / "mine.pt"
+    train(net(4), images, QUICK, checkpoint=checkpoint)
+    with pytest.raises(UntrojanError, match="another network"):
+        train(net(5), images, QUICK, checkpoint=checkpoint)

@@ -45,7 +45,7 @@ class ScanOptions:
         known = {option: None for name in self.methods for option in SCANNERS.options(name)}
         for option in self.settings:
             if option not in known:
-                methods = " and ".join(self.methods)
+                methods = " or ".join(self.methods)
                 raise UntrojanError(f"{methods} has no option {option!r}: choose of {', '.join(known)}")
         given = {"schedule": self.schedule, "seed": self.seed, **self.settings}
         return {name: SCANNERS.build_with(name, given) for name in self.methods}

@@ -122,7 +122,10 @@ def audit(
     choices.cleansers()
     if write_clean is not None:
         inputs.new_data(write_clean, overwrite, "--write-clean")
-    given = {"model": model, "architecture": architecture, "mean": mean, "std": std}
+    inputs.keep_apart(out, {"the data": data, "the trusted images": trusted, "the model": model})
+    given: dict[str, Any] = {"model": model, "architecture": architecture, "mean": mean, "std": std}
+    if model is not None:
+        given["model_sha256"] = inputs.sha256(model)
     config = {"data": data, "size": size, "trusted": trusted, **given, **choices.to_json()}
     with RunFolder(out, "audit", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)

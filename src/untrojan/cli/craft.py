@@ -56,7 +56,8 @@ def craft(request: Request, out: Path, *, overwrite: bool, quiet: bool) -> None:
     config = {
         "attack": request.attack, "data": request.data, "size": request.size,
         "settings": dict(request.settings), "target": request.target, "source": request.source,
-        "surrogate": request.surrogate, "net": request.net or DEFAULT_NET, "recipe": recipe,
+        "surrogate": request.surrogate,
+        "surrogate_sha256": request.surrogate and inputs.sha256(request.surrogate), "net": request.net or DEFAULT_NET, "recipe": recipe,
         "seed": request.seed,
     }  # fmt: skip
     with RunFolder(out, "poison", config, overwrite=overwrite) as folder:

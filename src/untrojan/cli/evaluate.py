@@ -48,7 +48,11 @@ def evaluate(
         "size": size,
         "triggered": triggered,
         "architecture": architecture,
+        "mean": mean,
+        "std": std,
     }
+    if out is not None:
+        inputs.keep_apart(out, {"the model": model, "the images": data, "the triggered images": triggered})
     with options.maybe(out, lambda path: RunFolder(path, "evaluate", config, overwrite=overwrite)) as folder:
         splits = load(data, size=size)
         clean = splits.test or splits.train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -126,10 +127,13 @@ def federated(
 
     check_name(net)
     prepare()
+    if not math.isfinite(timeout):
+        raise UntrojanError(f"--timeout {timeout:g} is no number of seconds: give one, such as 3600")
     if superlink is None and malicious > clients:
         raise UntrojanError(f"--malicious {malicious} is more than --clients {clients}")
     if superlink is None and (insecure or root_certificates is not None):
         raise UntrojanError("--insecure and --root-certificates belong to --superlink: add it, or drop them")
+    inputs.keep_apart(out, {"the data": data})
     splits = load(data, size=size)
     train = splits.train
     small = _small(train)

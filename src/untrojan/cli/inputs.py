@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,28 @@ def key_values(pairs: Sequence[str] | None, option: str) -> dict[str, Any]:
         if not (key and equals):
             raise UntrojanError(f"{option} {pair!r} is not NAME=VALUE")
         try:
-            found[key.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            found[key.replace("-", "_")] = value
+            setting = json.loads(value, parse_constant=_finite, parse_float=_finite, parse_int=_integer)
+        except OverflowError:
+            raise UntrojanError(f"{option} {pair!r}: give a number, finite and of at most 64 bits") from None
+        except (ValueError, RecursionError):
+            setting = value
+        found[key.replace("-", "_")] = setting
     return found
+
+
+def _finite(text: str) -> float:
+    """A number as JSON writes it. NaN and infinity, which Python's reader takes too, are in no range."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise OverflowError(text)
+    return value
+
+
+def _integer(text: str) -> int:
+    # The length first: Python refuses to read thousands of digits with an error of its own.
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise OverflowError(text)
+    return int(text)
 
 
 def classes(text: str, data: ImageSet) -> tuple[int, ...]:
@@ -51,6 +70,20 @@ def new_data(path: Path, overwrite: bool, option: str) -> None:
         raise UntrojanError(f"{option} {path}: there is no folder {path.parent}, create it first")
 
 
+def keep_apart(out: Path, given: Mapping[str, str | Path | None]) -> None:
+    """Refuse a folder whose old results, which a run replaces, are what this run is given.
+
+    ``given`` is by what it is: the model, the images.
+    """
+    folder = out.resolve()
+    for what, place in given.items():
+        # A place that is a file is refused for that, elsewhere.
+        if place is None or not folder.is_dir() or not Path(place).exists():
+            continue
+        if Path(place).resolve().is_relative_to(folder):
+            raise UntrojanError(f"--out {out} holds {what}, {place}, which stays: choose another folder")
+
+
 def sha256(path: Path) -> str:
     """Of a checkpoint's bytes, so that a run is not resumed on another model of the same name."""
     try:
@@ -69,7 +102,9 @@ def numbers(text: str | None, option: str) -> Tensor | None:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise UntrojanError(f"{option} {text!r} is not a list of numbers such as 0.49,0.48,0.45") from None
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise UntrojanError(f"{option} {text!r} is not a list of numbers such as 0.49,0.48,0.45")
     return torch.tensor(values)
 
 
@@ -80,6 +115,8 @@ def load_model(
     from untrojan.models.checkpoints import load_checkpoint
 
     means, stds = numbers(mean, "--mean"), numbers(std, "--std")
+    if stds is not None and not bool((stds > 0).all()):
+        raise UntrojanError(f"--std {std!r}: a standard deviation is above zero")
     channels = data.image_shape[0]
     for option, values in (("--mean", means), ("--std", stds)):
         if values is not None and len(values) != channels:

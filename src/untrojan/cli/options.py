@@ -38,7 +38,9 @@ MaybeOut = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace another configuration's results in the folder.")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Every random choice follows from it.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Every random choice follows from it.")
+]
 Size = Annotated[
     int | None, typer.Option("--size", min=8, max=512, help="Resize images to this many pixels a side.")
 ]

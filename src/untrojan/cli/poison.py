@@ -99,6 +99,7 @@ def poison(
     Example: [bold]untrojan poison signs --attack label-consistent --target 3 --attack-option share=0.5 --out attack[/bold]
     """  # noqa: E501
     options.begin(threads, quiet)
+    inputs.keep_apart(out, {"the data": data, "the surrogate": surrogate})
     sdrm_options = {"--lambda": strength, "--levels": levels, "--form": form, "--kernel": kernel}
     model_options = {"--net": net, "--preset": preset, "--epochs": epochs}
     data_options = {

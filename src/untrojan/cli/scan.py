@@ -72,7 +72,7 @@ def scan(
     """
     options.begin(threads, quiet)
     from untrojan.data.load import load
-    from untrojan.defenses.scanning.registry import SCANNERS, method_names
+    from untrojan.defenses.scanning.registry import method_names
     from untrojan.runs import RunFolder
     from untrojan.scan import ScanOptions, write_scan
     from untrojan.scan import scan as find
@@ -80,13 +80,15 @@ def scan(
     measuring = {} if distance is None else {"measure": distance}
     named = [*(method or []), *(["class-distance"] if measuring else [])] or ["neural-cleanse"]
     choices = ScanOptions(
-        methods=SCANNERS.names() if method == ["all"] else method_names(named),
+        methods=method_names(named),
         schedule=schedule,
         linearity=linearity,
         seed=seed,
         settings=measuring | inputs.key_values(scan_option, "--scan-option"),
     )
     given = {"architecture": architecture, "mean": mean, "std": std}
+    inputs.keep_apart(out, {"the model": model, "the images": data})
+    given["model_sha256"] = inputs.sha256(model)
     config = {"model": model, "data": data, "size": size, **given, **choices.to_json()}
     with RunFolder(out, "scan", config, overwrite=overwrite) as folder:
         splits = load(data, size=size)

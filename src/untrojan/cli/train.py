@@ -85,6 +85,7 @@ def train(
         **({"crop_padding": 0, "flip": False, "rotation": 0.0} if augment is False else {}),
     }
     recipe = _recipe(preset, {key: value for key, value in changes.items() if value is not None})
+    inputs.keep_apart(out, {"the data": data})
     chosen = _defense(defense, defense_option, seed)
     config: dict[str, Any] = {"data": data, "size": size, "net": net, "recipe": recipe, "seed": seed}
     if chosen is not None:
@@ -99,7 +100,7 @@ def train(
             _write_dropped(folder, splits.train, report.dropped)
             metrics |= {"dropped": int(report.dropped.sum()), "defense": report.evidence}
         metrics |= {
-            "training_accuracy": rows[-1]["accuracy"],
+            "training_accuracy": report.training_accuracy,
             "benign_accuracy": benign_accuracy(model, splits.test) if splits.test else None,
         }
         folder.write_csv(

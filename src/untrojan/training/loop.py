@@ -301,7 +301,13 @@ class _Run:
             raise UntrojanError(
                 f"{path} is the checkpoint of another run: remove it, or choose another folder"
             )
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError:
+            # The user's own network, say, whose code has changed since.
+            raise UntrojanError(
+                f"{path} is the checkpoint of another network: remove it, or choose another folder"
+            ) from None
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         with torch.no_grad():
@@ -316,6 +322,8 @@ class _Run:
 
 def _optimizer(model: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not weights:
+        raise UntrojanError(f"{model.architecture} has no weights that are trained: choose another network")
     if recipe.optimizer == "adam":
         return torch.optim.Adam(weights, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(

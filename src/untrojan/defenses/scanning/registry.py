@@ -38,11 +38,9 @@ def method_names(texts: Sequence[str]) -> tuple[str, ...]:
     Raises UntrojanError for an unknown name and for none.
     """
     given = [part.strip() for text in texts for part in text.split(",") if part.strip()]
-    if given == ["all"]:
-        return SCANNERS.names()
     for part in given:
-        if part not in SCANNERS.names():
+        if part not in (*SCANNERS.names(), "all"):
             raise UntrojanError(f"no method {part!r}: choose of {', '.join(SCANNERS.names())}, or all")
     if not given:
         raise UntrojanError("no method named: give one or more, such as neural-cleanse,abs, or all")
-    return tuple(dict.fromkeys(given))
+    return SCANNERS.names() if "all" in given else tuple(dict.fromkeys(given))

@@ -91,7 +91,8 @@ class ABL:
         stage("isolating", data, replace(plain, epochs=self.isolating_epochs), trapped, 0)
         dropped = most_learned(model, data, self.isolated)
         stage("training on the rest", data.select(~dropped), recipe, None, 1)
+        taught = len(stages)
         if int(dropped.sum()) > 1:
             slow = replace(plain, epochs=self.unlearning_epochs, learning_rate=self.unlearning_rate)
             stage("unlearning", data.select(dropped), slow, ascent, 2)
-        return TrainingReport(model, dropped, stages, {"isolated": int(dropped.sum())})
+        return TrainingReport(model, dropped, stages, {"isolated": int(dropped.sum())}, taught)

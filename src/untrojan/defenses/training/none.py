@@ -27,6 +27,7 @@ from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
 
 Mode = Literal["released", "paper"]
+NO_LAYERS = "NONE needs layers before the last one, with weights that are trained: choose another network"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class NONE:
         Raises UntrojanError as training does, and for a network without layers before its last.
         """
         model = build_for(data, architecture, precision=recipe.precision, seed=self.seed).to(device)
+        if not weighted_layers(model, to_float(data.images[:1], model.device)):
+            raise UntrojanError(NO_LAYERS)
         history = train(model, data, recipe, seed=self.seed, checkpoint=checkpoint).to_json()
         return self.defend(model, data, recipe, history, checkpoint)
 
@@ -200,7 +203,7 @@ class NONE:
         them by ``reduction``; ``probabilities`` (N, K). Raises UntrojanError where there is no layer.
         """
         if not activations:
-            raise UntrojanError("NONE needs layers before the last one, with weights that are trained")
+            raise UntrojanError(NO_LAYERS)
         if self.mode == "released":
             return self._released(activations, probabilities)
         return self._paper(activations)

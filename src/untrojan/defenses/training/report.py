@@ -22,6 +22,13 @@ class TrainingReport:
     """An entry an epoch, of all of the training."""
     evidence: dict[str, Any] = field(default_factory=dict)
     """The method's own findings, as JSON types."""
+    taught: int | None = None
+    """How many of the history's epochs taught, where those after them unlearn; None: all."""
+
+    @property
+    def training_accuracy(self) -> float:
+        """Share of the images predicted as labelled in the last epoch that taught them, 0..1."""
+        return self.history[(len(self.history) if self.taught is None else self.taught) - 1]["accuracy"]
 
 
 def keeping_every_class(dropped: Tensor, data: ImageSet) -> tuple[Tensor, list[int]]:
