@@ -57,8 +57,8 @@ def craft(request: Request, out: Path, *, overwrite: bool, quiet: bool) -> None:
         "attack": request.attack, "data": request.data, "size": request.size,
         "settings": dict(request.settings), "target": request.target, "source": request.source,
         "surrogate": request.surrogate,
-        "surrogate_sha256": request.surrogate and inputs.sha256(request.surrogate), "net": request.net or DEFAULT_NET, "recipe": recipe,
-        "seed": request.seed,
+        "surrogate_sha256": None if request.surrogate is None else inputs.sha256(request.surrogate),
+        "net": request.net or DEFAULT_NET, "recipe": recipe, "seed": request.seed,
     }  # fmt: skip
     with RunFolder(out, "poison", config, overwrite=overwrite) as folder:
         splits = load(request.data, size=request.size)
