@@ -113,6 +113,8 @@ def test_no_method_and_unknown_settings_are_refused() -> None:
         method_names(" , ")
     assert method_names("ac, re,ac") == ("activation-clustering", "reverse-engineering")
     assert method_names("all") == CLEANSERS.names()
+    assert method_names("ac,all")[0] == "activation-clustering"
+    assert sorted(method_names("ac,all")) == sorted(CLEANSERS.names())
     assert "subspace-reconstruction" not in method_names("all", trusted=False)
 
 

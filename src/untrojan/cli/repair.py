@@ -132,7 +132,10 @@ def repair(
     asked.distances()
     if train_decoder is not None and "deck" not in repairs:
         raise UntrojanError("--train-decoder is for --method deck: name it, or leave out MODEL")
-    _keep_apart(model, data, out)
+    inputs.keep_apart(
+        out,
+        {"the model to be repaired": model, "the clean images": data, "the decoder's images": train_decoder},
+    )
     if onnx:
         from untrojan.models.onnx import check_exporter
 
@@ -226,14 +229,6 @@ def _with_decoder(asked: RepairOptions, source: str, size: int | None, work: Pat
         write_bytes_atomically(place, json_text(told).encode())
     settings = {key: value for key, value in asked.method_options.items() if key != "encoder"}
     return replace(asked, encoder=told["encoder"], method_options=settings)
-
-
-def _keep_apart(model: Path, data: str, out: Path) -> None:
-    """Refuse a folder whose old results, which a run replaces, are what this run is given."""
-    folder = out.resolve()
-    for what, place in (("the model to be repaired", model), ("the clean images", Path(data))):
-        if place.exists() and place.resolve().is_relative_to(folder):
-            raise UntrojanError(f"--out {out} holds {what}, which stays as it is: choose another folder")
 
 
 def _write(folder: RunFolder, done: Repaired, asked: RepairOptions, subject: str, methods: Any) -> None:

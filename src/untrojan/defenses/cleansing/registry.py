@@ -56,14 +56,15 @@ def method_names(text: str, trusted: bool = True) -> tuple[str, ...]:
     unknown name and for none.
     """
     given = [part.strip() for part in text.split(",") if part.strip()]
-    if given == ["all"]:
-        return tuple(name for name in CLEANSERS.names() if trusted or name not in NEED_TRUSTED_IMAGES)
-    names = [SHORT_NAMES.get(part, part) for part in given]
-    for part, name in zip(given, names, strict=True):
-        if name not in CLEANSERS.names():
+    every = [name for name in CLEANSERS.names() if trusted or name not in NEED_TRUSTED_IMAGES]
+    names: list[str] = []
+    for part in given:
+        name = SHORT_NAMES.get(part, part)
+        if part != "all" and name not in CLEANSERS.names():
             short = {full: short for short, full in SHORT_NAMES.items()}
             known = ", ".join(short.get(each, each) for each in CLEANSERS.names())
             raise UntrojanError(f"no method {part!r}: choose of {known}, or all")
+        names += every if part == "all" else [name]
     if not names:
         raise UntrojanError("no method named: give one or more, such as re,ac, or all")
     return tuple(dict.fromkeys(names))
