@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from untrojan.data.image_set import ImageSet, numbered
+from untrojan.data.signs import make_signs
 from untrojan.defenses.training.abl import ABL, most_learned, trapped_loss
 from untrojan.models.classifier import Classifier, predictions_of
 from untrojan.training.loop import train_new
@@ -93,3 +94,12 @@ def test_a_run_that_was_cut_off_ends_the_same(tmp_path: Path) -> None:
     assert torch.equal(first.dropped, again.dropped)
     ours, theirs = first.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_no_class_loses_its_last_image() -> None:
+    data = make_signs(num_classes=3, size=16, train_per_class=20, test_per_class=1, seed=0).train
+    # All that is left of class 1 is a single image, and nearly everything is isolated.
+    data = data.select((data.labels != 1) | (torch.arange(len(data)) == int(data.indices_of(1)[0])))
+    recipe = Recipe(epochs=1, batch_size=16, optimizer="sgd", learning_rate=0.01)
+    report = ABL(isolated=0.95, isolating_epochs=1, unlearning_epochs=1)(data, "cnn@0.25", recipe)
+    assert bool((data.select(~report.dropped).class_counts > 0).all())

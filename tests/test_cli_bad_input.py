@@ -288,6 +288,7 @@ BAD_OPTIONS = [
     ("audit {data} --out {out} --false-alarm-rate 2", "false-alarm-rate"),
     ("audit {data} --out {out} --schedule slow", "schedule"),
     ("audit {data} --out {out} --level s1", "level 's1'"),
+    ("scan m.pt --data {data} --out {out} --distance mask --scan-option measure=filter", "given twice"),
     ("audit {data} --out {out} --model nowhere.pt", "nowhere.pt"),
     ("audit {data} --out {out} --write-clean {data}", "--overwrite"),
     ("audit {data} --out {out} --write-clean {out}/clean.docx", "clean.docx"),

@@ -9,6 +9,7 @@ import typer
 
 from untrojan.cli import inputs, options
 from untrojan.cli.audit import STATUS
+from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
     from untrojan.data.image_set import ImageSet
@@ -78,13 +79,16 @@ def scan(
     from untrojan.scan import scan as find
 
     measuring = {} if distance is None else {"measure": distance}
+    settings = inputs.key_values(scan_option, "--scan-option")
+    if measuring and "measure" in settings:
+        raise UntrojanError("the distance is given twice: drop --distance, or --scan-option measure=...")
     named = [*(method or []), *(["class-distance"] if measuring else [])] or ["neural-cleanse"]
     choices = ScanOptions(
         methods=method_names(named),
         schedule=schedule,
         linearity=linearity,
         seed=seed,
-        settings=measuring | inputs.key_values(scan_option, "--scan-option"),
+        settings=measuring | settings,
     )
     given = {"architecture": architecture, "mean": mean, "std": std}
     inputs.keep_apart(out, {"the model": model, "the images": data})

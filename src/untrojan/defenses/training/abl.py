@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.training.report import TrainingReport
+from untrojan.defenses.training.report import TrainingReport, keeping_every_class
 from untrojan.models.classifier import Classifier, logits_of
 from untrojan.models.registry import build_for
 from untrojan.training.loop import BatchLoss, train
@@ -89,10 +89,12 @@ class ABL:
             return -F.cross_entropy(logits, labels), logits
 
         stage("isolating", data, replace(plain, epochs=self.isolating_epochs), trapped, 0)
-        dropped = most_learned(model, data, self.isolated)
+        dropped, kept_whole = keeping_every_class(most_learned(model, data, self.isolated), data)
         stage("training on the rest", data.select(~dropped), recipe, None, 1)
         taught = len(stages)
         if int(dropped.sum()) > 1:
             slow = replace(plain, epochs=self.unlearning_epochs, learning_rate=self.unlearning_rate)
             stage("unlearning", data.select(dropped), slow, ascent, 2)
-        return TrainingReport(model, dropped, stages, {"isolated": int(dropped.sum())}, taught)
+        return TrainingReport(
+            model, dropped, stages, {"isolated": int(dropped.sum()), "classes_kept_whole": kept_whole}, taught
+        )
