@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
 from untrojan.defenses.cleansing.report import CleansingReport
-from untrojan.defenses.training import cleanse_then_none
 from untrojan.defenses.training.cleanse_then_none import CleanseThenNONE, in_given_rows
 from untrojan.defenses.training.none import NONE
 from untrojan.defenses.training.registry import TRAINING_DEFENSES
@@ -52,7 +51,7 @@ def test_none_sees_what_cleansing_left_and_no_class_is_lost(monkeypatch: Any) ->
     data = small()
     flagged = (data.labels == 2) | (torch.arange(len(data)) < 5)
     monkeypatch.setattr(CleanseThenNONE, "_cleanser", lambda _: Finds(flagged))
-    monkeypatch.setattr(cleanse_then_none, "training_accuracy", lambda *_: 1.0)
+    monkeypatch.setattr("untrojan.audit.training_accuracy", lambda *_: 1.0)
     seen: list[ImageSet] = []
     trained = NONE.__call__
 
@@ -74,7 +73,7 @@ def test_none_sees_what_cleansing_left_and_no_class_is_lost(monkeypatch: Any) ->
 def test_a_probe_that_learned_nothing_drops_nothing(monkeypatch: Any) -> None:
     data = small()
     monkeypatch.setattr(CleanseThenNONE, "_cleanser", lambda _: Finds(data.labels == 1))
-    monkeypatch.setattr(cleanse_then_none, "training_accuracy", lambda *_: 0.2)
+    monkeypatch.setattr("untrojan.audit.training_accuracy", lambda *_: 0.2)
     method = CleanseThenNONE(none_options={"epochs": 1, "separation": 1e9}, probe_recipe="desk-plain")
     report = method(data, "cnn@0.25", QUICK)
     assert report.evidence["cleansing"]["verdict"] == "undecided"

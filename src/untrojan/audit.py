@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from untrojan.report.audit_page import BeforeAfter
     from untrojan.runs import RunFolder
 
+PROBES = ("the probe", "the second probe")
 FITTED = 0.5
 """Below this share of training images predicted as labelled, a probe has not learned the set."""
 
@@ -89,11 +90,16 @@ class AuditOptions:
             )
         return found
 
-    def training_recipes(self, images: int) -> tuple[Recipe, ...]:
-        """The probes' recipes for a set of so many images. Raises UntrojanError for an unknown preset."""
+    def training(self, images: int) -> tuple[ProbeTraining, ...]:
+        """How the probes are trained on a set of so many images. Raises UntrojanError for an unknown
+        preset."""
         given = [self.recipe] if self.second_recipe is None else [self.recipe, self.second_recipe]
         return tuple(
-            probe_recipe(images) if each == "auto" else preset(each) if isinstance(each, str) else each
+            ProbeTraining(
+                self.net,
+                probe_recipe(images) if each == "auto" else preset(each) if isinstance(each, str) else each,
+                self.seed,
+            )
             for each in given
         )
 
@@ -143,43 +149,87 @@ def audit(
     Raises UntrojanError where the model's outputs do not match the classes, or a method needs trusted images
     and there are none.
     """
-    cleansers = options.cleansers()
+    cleansers, training = options.cleansers(), options.training(len(train))
+    costs: dict[str, Cost] = {}
+    with measure() as costs["probe net" if model is not None or len(training) == 1 else "probe nets"]:
+        if model is None:
+            probes = [
+                how.train(train, checkpoint=_under(work, f"probe{i or ''}.pt"), name=PROBES[i])
+                for i, how in enumerate(training)
+            ]
+        else:
+            probes, training = [_fitting(model, train)], ()
+    found = judge(train, probes, cleansers, training, trusted=trusted, work=work, costs=costs)
+    name = options.net if model is None else "the given model"
+    opinions = {method: found.reports[method] for method in options.methods[1:]}
+    return Audit(found.report, probes[found.probe], found.check, costs, name, opinions)
 
-    def checkpoint(name: str) -> Path | None:
-        return None if work is None else work / name
 
-    with measure() as probe_cost:
-        probes = _probes(train, options, checkpoint) if model is None else [_fitting(model, train)]
-    costs = {"probe net" if len(probes) == 1 else "probe nets": probe_cost}
+@dataclass(frozen=True)
+class ProbeTraining:
+    """How a probe is trained, and its twin."""
+
+    net: str
+    """An architecture's name."""
+    recipe: Recipe
+    seed: int = 0
+
+    def train(
+        self, data: ImageSet, *, checkpoint: Path | None = None, device: str = "cpu", name: str = "the probe"
+    ) -> Classifier:
+        """A probe of this kind, resumed from ``checkpoint`` where that exists."""
+        return train_new(
+            data, self.net, self.recipe, seed=self.seed, checkpoint=checkpoint, device=device,
+            description=f"training {name}",
+        )[0]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What cleansers say of a set through some probes."""
+
+    reports: dict[str, CleansingReport]
+    """By name; the first one, whose verdict counts, in view of what the probes have learned."""
+    probe: int
+    """The place of the probe that the first one's answer comes from."""
+    check: ProbeCheck
+
+    @property
+    def report(self) -> CleansingReport:
+        return next(iter(self.reports.values()))
+
+
+def judge(
+    train: ImageSet,
+    probes: Sequence[Classifier],
+    cleansers: Mapping[str, Cleanser],
+    twins: Sequence[ProbeTraining] = (),
+    *,
+    trusted: ImageSet | None = None,
+    work: Path | None = None,
+    costs: dict[str, Cost] | None = None,
+    device: str = "cpu",
+) -> Judgement:
+    """Ask every cleanser through every probe, take each one's clearest answer, and doubt the first one's.
+
+    ``twins`` are the probes' trainings, for the check that a clean verdict has to pass; without any it is
+    not made. ``work`` is a folder for checkpoints; ``costs`` gets what each stage cost.
+    """
+    costs = {} if costs is None else costs
     cleansers = {name: sharing_significance(each, len(probes)) for name, each in cleansers.items()}
     answers = [
-        _opinions(Features(probe, train, trusted), cleansers, costs, checkpoint, i)
+        _opinions(Features(probe, train, trusted), cleansers, costs, work, i)
         for i, probe in enumerate(probes)
     ]
     best = {name: clearest([answer[name] for answer in answers]) for name in cleansers}
-    report, place = best.pop(options.methods[0])
+    reports = {name: report for name, (report, _) in best.items()}
+    first, (report, place) = next(iter(best.items()))
     canaries: dict[str, float] = {}
-    if report.verdict == "clean" and model is None:
+    if report.verdict == "clean" and twins:
         with measure() as costs["canary check"]:
-            canaries = _canaries(train, options, checkpoint)
+            canaries = _canaries(train, twins, work, device)
     check = ProbeCheck(training_accuracy(probes[place], train), canaries)
-    name = options.net if model is None else "the given model"
-    opinions = {method: opinion for method, (opinion, _) in best.items()}
-    return Audit(doubted(report, check), probes[place], check, costs, name, opinions)
-
-
-Checkpoints = Callable[[str], Path | None]
-"""A name to the file that a stage resumes from, where there is a folder for it."""
-
-
-def _probes(train: ImageSet, options: AuditOptions, checkpoint: Checkpoints) -> list[Classifier]:
-    return [
-        train_new(
-            train, options.net, recipe, seed=options.seed, checkpoint=checkpoint(f"probe{i or ''}.pt"),
-            description=f"training probe {i + 1}" if i else "training the probe",
-        )[0]
-        for i, recipe in enumerate(options.training_recipes(len(train)))
-    ]  # fmt: skip
+    return Judgement(reports | {first: doubted(report, check)}, place, check)
 
 
 def _fitting(model: Classifier, train: ImageSet) -> Classifier:
@@ -191,12 +241,19 @@ def _fitting(model: Classifier, train: ImageSet) -> Classifier:
     return model
 
 
-def _canaries(train: ImageSet, options: AuditOptions, checkpoint: Checkpoints) -> dict[str, float]:
+def _under(work: Path | None, name: str) -> Path | None:
+    return None if work is None else work / name
+
+
+def _canaries(
+    train: ImageSet, twins: Sequence[ProbeTraining], work: Path | None, device: str
+) -> dict[str, float]:
     return best_potency([
         canary_potency(
-            train, options.net, recipe, seed=options.seed, checkpoint=checkpoint(f"twin{i or ''}.pt")
+            train, twin.net, twin.recipe, seed=twin.seed, checkpoint=_under(work, f"twin{i or ''}.pt"),
+            device=device,
         )
-        for i, recipe in enumerate(options.training_recipes(len(train)))
+        for i, twin in enumerate(twins)
     ])  # fmt: skip
 
 
@@ -204,7 +261,7 @@ def _opinions(
     features: Features,
     cleansers: Mapping[str, Cleanser],
     costs: dict[str, Cost],
-    checkpoint: Checkpoints,
+    work: Path | None,
     probe: int,
 ) -> dict[str, CleansingReport]:
     """What each method says of one probe; those that judge by features share one pass over the set."""
@@ -219,7 +276,7 @@ def _opinions(
             if isinstance(cleanser, ClassCleanser):
                 reports[name] = cleanser.judge(features)
             else:
-                path = checkpoint(f"{name}{probe or ''}.safetensors")
+                path = _under(work, f"{name}{probe or ''}.safetensors")
                 reports[name] = cleanser(features.data, features.model, checkpoint=path)
     return reports
 

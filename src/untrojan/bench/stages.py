@@ -92,35 +92,26 @@ def audit(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     nothing else."""
     from safetensors.torch import save_file
 
-    from untrojan.audit import doubted
-    from untrojan.defenses.cleansing.probe import ProbeCheck, canary_potency, training_accuracy
+    from untrojan.audit import ProbeTraining, judge
     from untrojan.defenses.cleansing.registry import CLEANSERS
-    from untrojan.defenses.cleansing.several_probes import best_potency, clearest, sharing_significance
     from untrojan.registry import validated
     from untrojan.runs import json_text, write_bytes_atomically
     from untrojan.training.recipe import Recipe
 
     folders = [place.inputs[name] for name in ("probe", "second_probe") if name in place.inputs]
-    models = [_model(folder) for folder in folders]
-    cleanser = CLEANSERS.build(config["cleanser"], config["options"])
-    cleanser = sharing_significance(cleanser, len(models))
-    images = _poisoned(place).train
-    found, best = clearest([
-        cleanser(images, model, checkpoint=place.scratch / f"inversion{index or ''}.safetensors")
-        for index, model in enumerate(models)
-    ])  # fmt: skip
-    canaries: dict[str, float] = {}
-    if found.verdict == "clean" and config.get("canaries", True):
-        probes = [_record(folder)["config"] for folder in folders]
-        canaries = best_potency([
-            canary_potency(
-                images, probe["architecture"], validated(Recipe, probe["recipe"], "recipe"),
-                seed=probe["seed"], checkpoint=place.scratch / f"twin{index or ''}.pt", device=_device(),
-            )
-            for index, probe in enumerate(probes)
-        ])  # fmt: skip
-    check = ProbeCheck(training_accuracy(models[best], images), canaries)
-    report = doubted(found, check)
+    trained = [_record(folder)["config"] for folder in folders] if config.get("canaries", True) else []
+    found = judge(
+        _poisoned(place).train,
+        [_model(folder) for folder in folders],
+        {config["cleanser"]: CLEANSERS.build(config["cleanser"], config["options"])},
+        [
+            ProbeTraining(how["architecture"], validated(Recipe, how["recipe"], "recipe"), how["seed"])
+            for how in trained
+        ],
+        work=place.scratch,
+        device=_device(),
+    )
+    report, canaries = found.report, found.check.canaries
     save_file({"flagged": report.flagged, "scores": report.scores}, place.out / FLAGS)
     evidence = dict(report.evidence)
     patterns = evidence.pop("patterns", {})

@@ -118,7 +118,7 @@ def audit(
         second_recipe=second_preset,
         seed=seed,
     )
-    choices.training_recipes(1)
+    choices.training(1)
     choices.cleansers()
     if write_clean is not None:
         inputs.new_data(write_clean, overwrite, "--write-clean")

@@ -12,16 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from untrojan.audit import doubted
+from untrojan.audit import ProbeTraining, judge
 from untrojan.cost import measure
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.cleansing.probe import ProbeCheck, training_accuracy
 from untrojan.defenses.cleansing.registry import CLEANSERS, Cleanser
 from untrojan.defenses.cleansing.report import CleansingReport
 from untrojan.defenses.training.none import NONE
 from untrojan.defenses.training.report import TrainingReport, keeping_every_class
 from untrojan.registry import validated
-from untrojan.training.loop import train_new
 from untrojan.training.presets import preset, probe_recipe
 from untrojan.training.recipe import Recipe
 
@@ -80,14 +78,11 @@ class CleanseThenNONE:
     def _cleanse(
         self, data: ImageSet, architecture: str, checkpoint: Path | None, device: str
     ) -> CleansingReport:
-        probe, _ = train_new(
-            data, self.probe_net or architecture, self._probe_recipe(len(data)), seed=self.seed,
-            checkpoint=None if checkpoint is None else checkpoint.with_name(f"probe-{checkpoint.name}"),
-            description="training the probe", device=device,
-        )  # fmt: skip
-        place = None if checkpoint is None else checkpoint.with_name(f"{self.cleanser}.safetensors")
-        found = self._cleanser()(data, probe, checkpoint=place)
-        return doubted(found, ProbeCheck(training_accuracy(probe, data), {}))
+        name = None if checkpoint is None else checkpoint.with_name(f"probe-{checkpoint.name}")
+        how = ProbeTraining(self.probe_net or architecture, self._probe_recipe(len(data)), self.seed)
+        probe = how.train(data, checkpoint=name, device=device)
+        work = None if checkpoint is None else checkpoint.parent
+        return judge(data, [probe], {self.cleanser: self._cleanser()}, work=work).report
 
     def _cleanser(self) -> Cleanser:
         seed = {"seed": self.seed} if hasattr(CLEANSERS.get(self.cleanser), "seed") else {}
