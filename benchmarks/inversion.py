@@ -36,7 +36,9 @@ def plain_loop(model: Classifier, data: ImageSet, pairs: Tensor, schedule: Sched
             network.zero_grad()
             loss.sum().backward()
             assert pattern.grad is not None
-            moved, velocity = schedule.stepper(pattern.detach(), pattern.grad, velocity, torch.ones(1))
+            moved, velocity = schedule.stepper(
+                pattern.detach(), pattern.grad, velocity, torch.ones(1), torch.tensor([step])
+            )
             pattern = moved.requires_grad_()
 
 

@@ -12,7 +12,12 @@ from torch import nn
 
 import known_features
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.cleansing.activation_clustering import ActivationClustering, reduced, two_clusters
+from untrojan.defenses.cleansing.activation_clustering import (
+    ActivationClustering,
+    mean_silhouette,
+    reduced,
+    two_clusters,
+)
 from untrojan.defenses.cleansing.by_class import log_upper_prediction, outlying_classes
 from untrojan.defenses.cleansing.features import Features
 from untrojan.errors import UntrojanError
@@ -128,7 +133,7 @@ def test_reduction_keeps_the_leading_components() -> None:
     points = reduced(values, 3)
     centred = values.double() - values.double().mean(0)
     expected = torch.linalg.svdvals(centred)[:3]
-    np.testing.assert_allclose(np.linalg.norm(points, axis=0), expected.numpy(), rtol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(points, axis=0), expected.numpy(), rtol=1e-6)
 
 
 def test_prediction_interval_is_students() -> None:
@@ -159,3 +164,17 @@ def test_ties_make_no_outlier() -> None:
     assert log_upper_prediction(0.1001, [0.1] * 9) == pytest.approx(-math.log(10))
     assert log_upper_prediction(0.1, [0.1] * 9) == 0.0
     assert outlying_classes({c: 0.5 if c == 4 else 0.0 for c in range(10)}, 0.05)[0] == []
+
+
+@pytest.mark.parametrize(("count", "members"), [(2, 1), (7, 1), (40, 17), (23, 22)])
+def test_silhouettes_are_scikit_learns(count: int, members: int) -> None:
+    from sklearn.metrics import silhouette_score
+
+    random = torch.Generator().manual_seed(count)
+    points = 100 + torch.randn(count, 3, generator=random, dtype=torch.float64)
+    member = torch.randperm(count, generator=random) < members
+    points[member] += 2
+    expected = 0.0 if count == 2 else silhouette_score(points.numpy(), member.numpy())
+    assert mean_silhouette(points, member, block=8) == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(ValueError, match="both groups"):
+        mean_silhouette(points, torch.ones(count, dtype=torch.bool))

@@ -106,7 +106,7 @@ def test_uncentred_spectral_scores_are_the_same(activations: list[np.ndarray[Any
     """The toolbox has the absolute projection of uncentred features, as the released code has."""
     for values in activations:
         theirs = SpectralSignatureDefense.spectral_signature_scores(values.astype(np.float64))[:, 0]
-        ours = spectral_scores(torch.from_numpy(values), uncentred=True).sqrt()
+        ours = spectral_scores(torch.from_numpy(values).double(), uncentred=True).sqrt()
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-6)
 
 

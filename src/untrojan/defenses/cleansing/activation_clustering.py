@@ -16,7 +16,9 @@ from torch import Tensor
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing.by_class import REMOVES_ALWAYS, ClassCleanser, ClassFinding
 from untrojan.defenses.cleansing.features import Features
+from untrojan.defenses.cleansing.spectral_signatures import centred, leading_directions
 from untrojan.models.classifier import predictions_of
+from untrojan.threads import one_blas_thread
 from untrojan.training.loop import train_new
 from untrojan.training.presets import preset
 
@@ -50,39 +52,65 @@ def two_clusters(
 ) -> Clusters:
     """Reduce activations (n, D) to ``components`` dimensions and split them by k-means (section 3.2)."""
     from sklearn.cluster import KMeans
-    from sklearn.metrics import silhouette_score
 
     points = reduced(activations, components, reduction, seed)
     if len(np.unique(points, axis=0)) < 2:
         nothing = torch.zeros(len(points))
         return Clusters(nothing.bool(), nothing, 0.0)
-    means = KMeans(2, n_init=10, random_state=seed).fit(points)
-    distances = means.transform(points)
+    with one_blas_thread():
+        means = KMeans(2, n_init=10, random_state=seed).fit(points)
+        distances = means.transform(points)
     small = int(np.bincount(means.labels_, minlength=2).argmin())
     return Clusters(
         torch.from_numpy(means.labels_ == small),
         torch.from_numpy(distances[:, 1 - small] - distances[:, small]).float(),
-        float(silhouette_score(points, means.labels_)),
+        mean_silhouette(torch.from_numpy(points), torch.from_numpy(means.labels_ == small)),
     )
+
+
+def mean_silhouette(points: Tensor, member: Tensor, block: int = 512) -> float:
+    """The mean silhouette, -1..1, of points (n, d) that are split by ``member``, bool (n,).
+
+    scikit-learn's ``silhouette_score`` for two groups, with the distances of each pair of blocks computed
+    once; a group of one point has silhouette 0. Raises ValueError where a group is empty.
+    """
+    sizes = torch.stack([(~member).sum(), member.sum()]).to(points.dtype)
+    if not sizes.all():
+        raise ValueError("both groups need a point")
+    groups = torch.stack([~member, member], 1).to(points.dtype)
+    sums = torch.zeros_like(groups)
+    around = points - points.mean(0)
+    for i in range(0, len(points), block):
+        rows = slice(i, i + block)
+        for j in range(i, len(points), block):
+            columns = slice(j, j + block)
+            distances = torch.cdist(around[rows], around[columns])
+            sums[rows] += distances @ groups[columns]
+            if j > i:
+                sums[columns] += distances.T @ groups[rows]
+    own = sums.gather(1, member.long()[:, None]).squeeze(1)
+    other = sums.gather(1, (~member).long()[:, None]).squeeze(1)
+    own_size = sizes[member.long()]
+    inside, outside = own / (own_size - 1).clamp_min(1), other / sizes[(~member).long()]
+    widths = (outside - inside) / torch.maximum(inside, outside).clamp_min(1e-30)
+    return float(torch.where(own_size > 1, widths, 0).mean())
 
 
 def reduced(
     activations: Tensor, components: int, reduction: Literal["pca", "ica"] = "pca", seed: int = 0
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
     """(n, D) to at most (n, components): principal components, or the independent ones within these."""
-    from sklearn.decomposition import PCA, FastICA
+    from sklearn.decomposition import FastICA
 
-    values = activations.double().numpy()
-    if (values == values[:1]).all():
-        return np.zeros((len(values), 1))
-    points = np.asarray(PCA(min(components, *values.shape), random_state=seed).fit_transform(values))
-    spread = points.std(0)
-    varied = points[:, spread > 1e-9 * max(float(spread.max()), 1e-300)]
-    if reduction == "pca" or varied.shape[1] < 2:
+    values = centred(activations)
+    points = (values @ leading_directions(values, components).T).numpy()
+    if not points.shape[1]:
+        return np.zeros((len(points), 1))
+    if reduction == "pca" or points.shape[1] < 2:
         return points
     # FastICA would whiten to the leading principal components itself, by a full decomposition.
     ica = FastICA(whiten="unit-variance", max_iter=1000, tol=0.005, random_state=seed)
-    return np.asarray(ica.fit_transform(varied))
+    return np.asarray(ica.fit_transform(points))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def robust_spectrum(
     quarter as many components as images, as fewer images show no covariance.
     """
     count = len(features)
-    around = centred(features)
+    around = centred(features.double())
     points = around @ leading_directions(around, max(1, min(most_components, count // 4))).T
     nothing = torch.zeros(count)
     best = RobustSpectrum(nothing.double(), nothing.bool(), 0, 0.0)
