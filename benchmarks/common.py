@@ -40,6 +40,17 @@ def report(name: str, seconds: dict[str, float], slow: str, fast: str, wanted: f
     """Print the ratio and write it to ``results/benchmarks/NAME.json``."""
     ratio = seconds[slow] / seconds[fast]
     print(f"{name}: {fast} is {ratio:.2f} times as fast as {slow} (at least {wanted:g} wanted)")
+    _write(name, seconds, ratio, wanted)
+
+
+def report_cost(name: str, seconds: dict[str, float], more: str, less: str, at_most: float) -> None:
+    """:func:`report` where the ratio is a price."""
+    ratio = seconds[more] / seconds[less]
+    print(f"{name}: {more} takes {ratio:.2f} times as long as {less} (at most {at_most:g} wanted)")
+    _write(name, seconds, ratio, at_most)
+
+
+def _write(name: str, seconds: dict[str, float], ratio: float, wanted: float) -> None:
     print("  " + ", ".join(f"{way} {value:.3f} s" for way, value in seconds.items()))
     found = {
         "name": name, "ratio": round(ratio, 3), "wanted": wanted, "seconds": seconds,

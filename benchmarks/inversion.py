@@ -1,8 +1,10 @@
-"""The batched engine against a plain loop over pairs: same images a pair and step, same number of steps."""
+"""The batched engine against a plain loop, same images and steps: RE over pairs, Neural Cleanse over
+classes."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from common import in_turns, report
@@ -10,54 +12,56 @@ from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
+from untrojan.defenses.scanning import neural_cleanse
 from untrojan.inversion.additive import AdditivePattern
-from untrojan.inversion.engine import FAST, ClassPools, Schedule, all_pairs, invert
+from untrojan.inversion.engine import ANY, FAST, ClassPools, Problem, Schedule, all_pairs, invert
+from untrojan.inversion.masked import MaskedPattern
 from untrojan.models.classifier import Classifier
 from untrojan.models.registry import build_for
 
-STEPS = 6
 
-
-def plain_loop(model: Classifier, data: ImageSet, pairs: Tensor, schedule: Schedule) -> None:
+def plain_loop(
+    model: Classifier, data: ImageSet, pairs: Tensor, problem: Problem, schedule: Schedule, price: float
+) -> None:
     """As such loops are usually written: one pair after another, the bare network in float32 and the default
     memory format, weights' gradients left on."""
     network = copy.deepcopy(model.network).to(memory_format=torch.contiguous_format)
-    pools, problem = ClassPools(data, 0), AdditivePattern()
+    pools, count = ClassPools(data, 0), schedule.images_a_side
     for pair in pairs:
         source, target = pair[:1], pair[1:]
-        pattern = torch.zeros(1, *data.image_shape, requires_grad=True)
-        velocity = torch.zeros_like(pattern)
-        for step in range(STEPS):
-            sources = pools.deal(source, target, torch.tensor([step]), schedule.images_a_side).float() / 255
-            targets = pools.deal(target, source, torch.tensor([step]), schedule.images_a_side).float() / 255
+        pattern = problem.initial(pair[None], data.image_shape).requires_grad_()
+        memory = torch.zeros(1, schedule.stepper.memories, *pattern.shape[1:])
+        for step in range(schedule.most_steps):
+            turn = torch.tensor([step])
+            sources = pools.deal(source, target, turn, count).float() / 255
+            targets = pools.deal(target, source, turn, count).float() / 255 if problem.both_sides else sources
             views = problem.views(pattern, sources, targets)
             logits = network((views.flatten(0, 1) - model.mean) / model.std)
-            loss = problem.loss(logits[None], pattern, pair[None])
+            loss = problem.loss(logits[None], pattern, pair[None]) + price * problem.size(pattern)
             network.zero_grad()
             loss.sum().backward()
             assert pattern.grad is not None
-            moved, velocity = schedule.stepper(
-                pattern.detach(), pattern.grad, velocity, torch.ones(1), torch.tensor([step])
-            )
+            moved, memory = schedule.stepper(pattern.detach(), pattern.grad, memory, torch.ones(1), turn)
             pattern = moved.requires_grad_()
 
 
-def main() -> None:
+def compare(name: str, pairs: Tensor, problem: Problem, schedule: Schedule, price: float = 0.0) -> None:
     data = make_signs(train_per_class=60, test_per_class=1).train
     model = build_for(data, "resnet18-compact").eval()
-    pairs = all_pairs(10)[::2]
-    schedule = Schedule(FAST.stepper, FAST.images_a_side, confirm_images=0, most_steps=STEPS)
-
     model.precision = "bfloat16"
+    ways = {
+        "plain loop": lambda: plain_loop(model, data, pairs, problem, schedule, price),
+        "batched engine": lambda: invert(model, data, pairs, problem, schedule),
+    }
+    report(name, in_turns(ways, rounds=3), "plain loop", "batched engine", wanted=3.0)
 
-    def plain() -> None:
-        plain_loop(model, data, pairs, schedule)
 
-    def batched() -> None:
-        invert(model, data, pairs, AdditivePattern(), schedule)
-
-    seconds = in_turns({"plain loop": plain, "batched engine": batched}, rounds=3)
-    report("inversion", seconds, "plain loop", "batched engine", wanted=3.0)
+def main() -> None:
+    faint = Schedule(FAST.stepper, FAST.images_a_side, confirm_images=0, most_steps=6)
+    compare("inversion", all_pairs(10)[::2], AdditivePattern(), faint)
+    every_class = torch.tensor([[ANY, target] for target in range(10)])
+    masks = replace(neural_cleanse.FAST, most_steps=16)
+    compare("neural-cleanse", every_class, MaskedPattern(), masks, price=1e-3)
 
 
 if __name__ == "__main__":

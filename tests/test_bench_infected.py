@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from untrojan.bench.cells import expand
+from untrojan.bench.measures import BESIDE_REGULAR
 from untrojan.bench.plan import read_plan
 from untrojan.bench.runner import run_plan
-from untrojan.bench.table import render
+from untrojan.bench.table import outcomes_of, render
 from untrojan.data.save import save_npz
 from untrojan.data.signs import make_signs
 from untrojan.errors import UntrojanError
@@ -120,3 +121,28 @@ def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
     text = render(plan, results, None)
     assert "sdrm-a" in text
     assert "MMD² s3" in text
+
+
+def test_infected_models_stand_beside_their_regular_twin(tmp_path: Path) -> None:
+    """Cuts are shares of the twin's MMD², costs are points below it; another trigger has another twin."""
+    more = 'other = { sdrm = { trigger = "blended", strength = 0.3 } }\n[defenses.none]'
+    plan = read_plan(written(tmp_path, PLAN.replace("[defenses.none]", more)))
+    figures = {
+        "rbt": {"attack_success": 1.0, "benign_accuracy": 0.9, "mmd_s1": 0.8, "mmd_s2": 0.0},
+        "sdrm-a": {"attack_success": 0.95, "benign_accuracy": 0.91, "mmd_s1": 0.2, "mmd_s2": 0.1},
+        "other": {"attack_success": 0.95, "benign_accuracy": 0.91, "mmd_s1": 0.2},
+    }
+    cells = [cell for cell in expand(plan) if cell.axes["defense"] == "none"]
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    for cell in cells:
+        result = {"undefended": figures[str(cell.axes["attack"])]}
+        content = {"key": cell.key, "status": "done", "axes": dict(cell.axes), "result": result}
+        (folder / cell.file_name).write_text(json.dumps(content))
+    values = {str(each.cell.axes["attack"]): each.values for each in outcomes_of(plan, cells, folder)}
+    assert values["sdrm-a"]["undefended.mmd_reduction_s1"] == pytest.approx(0.75)
+    assert values["sdrm-a"]["undefended.attack_success_cost"] == pytest.approx(0.05)
+    assert values["sdrm-a"]["undefended.benign_accuracy_cost"] == pytest.approx(-0.01)
+    assert "undefended.mmd_reduction_s2" not in values["sdrm-a"]
+    assert values["rbt"]["undefended.mmd_reduction_s1"] == 0
+    assert not values["other"].keys() & BESIDE_REGULAR.keys()

@@ -35,6 +35,16 @@ MEASURES: Mapping[str, Measure] = {
             ("inter", "inter-class"),
         )
     },
+    **{
+        f"undefended.{key}_{level}": Measure(f"{label} {level}", "share", of_defense=False)
+        for level in ("s1", "s2", "s3")
+        for key, label in (
+            ("mmd_reduction", "MMD² cut"),
+            ("mmd_unbiased_reduction", "unbiased MMD² cut"),
+        )
+    },
+    "undefended.attack_success_cost": Measure("ASR below regular", "share", of_defense=False),
+    "undefended.benign_accuracy_cost": Measure("ACC below regular", "share", of_defense=False),
     "exposure.f1": Measure("F1", "share"),
     "exposure.best_f1": Measure("best F1", "share"),
     "exposure.auc": Measure("AUC", "share"),
@@ -89,6 +99,18 @@ MEASURES: Mapping[str, Measure] = {
     "final.accuracy_cost": Measure("BA below undefended", "share"),
 }
 
+BESIDE_REGULAR: Mapping[str, str] = {
+    **{
+        f"undefended.{key}_reduction_{level}": f"undefended.{key}_{level}"
+        for level in ("s1", "s2", "s3")
+        for key in ("mmd", "mmd_unbiased")
+    },
+    "undefended.attack_success_cost": "undefended.attack_success",
+    "undefended.benign_accuracy_cost": "undefended.benign_accuracy",
+}
+"""Measures of an infected model that need its regularly trained twin, and what of both they compare: a
+``_reduction`` is a share of the twin's figure, a ``_cost`` a difference."""
+
 FINAL = ("defended", "repaired", "retrained", "undefended")
 """Sections of a cell's result that tell of a model, the one that counts in the end first."""
 
@@ -107,6 +129,20 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
         return _final(sections, key)
     found = sections.get(section)
     return _number(found, key)
+
+
+def beside_regular(values: Mapping[str, float], regular: Mapping[str, float]) -> dict[str, float]:
+    """The measures of :data:`BESIDE_REGULAR`, as far as both cells yield what they need."""
+    found = {}
+    for name, of in BESIDE_REGULAR.items():
+        if of not in values or of not in regular:
+            continue
+        less = regular[of] - values[of]
+        if name.endswith("_cost"):
+            found[name] = less
+        elif regular[of] > 0:
+            found[name] = less / regular[of]
+    return found
 
 
 def _final(sections: Mapping[str, Any], key: str) -> float | None:

@@ -7,12 +7,12 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from untrojan.bench.graph import Cell
-from untrojan.bench.measures import MEASURES, value_of
+from untrojan.bench.measures import MEASURES, beside_regular, value_of
 from untrojan.bench.plan import BoundEntry, Plan, TableEntry, read_plan
 from untrojan.bench.published import published_figure, read_published
 from untrojan.errors import UntrojanError
@@ -96,9 +96,33 @@ def outcomes_of(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[Outcome
         value = value_of(content, "undefended.benign_accuracy")
         if plan.attacks[str(cell.axes["attack"])].clean and value is not None:
             accuracies.setdefault(_control_of(cell), []).append(value)
-    return [
+    outcomes = [
         _outcome(plan, cell, content, _mean(accuracies.get(_control_of(cell), []))) for cell, content in found
     ]
+    return _beside_regular(plan, outcomes)
+
+
+def _beside_regular(plan: Plan, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes, those of infected models compared with the regularly trained model of the same attack."""
+
+    def twin(cell: Cell) -> tuple[Any, ...] | None:
+        entry = plan.attacks[str(cell.axes["attack"])].sdrm
+        if entry is None:
+            return None
+        return str(entry.infection()), *(cell.axes[axis] for axis in ("data", "net", "seed"))
+
+    regular: dict[tuple[Any, ...], Outcome] = {}
+    for outcome in outcomes:
+        entry = plan.attacks[str(outcome.cell.axes["attack"])].sdrm
+        if entry is not None and entry.strength == 0 and (key := twin(outcome.cell)):
+            regular.setdefault(key, outcome)
+    compared = []
+    for outcome in outcomes:
+        key = twin(outcome.cell)
+        base = regular.get(key) if key else None
+        more = beside_regular(outcome.values, base.values) if base else {}
+        compared.append(replace(outcome, values={**outcome.values, **more}))
+    return compared
 
 
 def _outcome(plan: Plan, cell: Cell, content: Mapping[str, Any], clean_accuracy: float | None) -> Outcome:
