@@ -17,7 +17,7 @@ from untrojan.cli.main import main
 from untrojan.cost import Cost
 from untrojan.data.image_set import ImageSet, Splits, numbered
 from untrojan.data.save import save_npz
-from untrojan.defenses.repair.auto import Candidate, choose
+from untrojan.defenses.repair.auto import Candidate, choose, worth_scanning
 from untrojan.defenses.repair.report import RepairReport
 from untrojan.defenses.scanning.neural_cleanse import NeuralCleanse
 from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
@@ -142,6 +142,13 @@ def test_auto_keeps_what_leaves_the_longest_way_and_says_so(
     assert "a smaller trigger is left" in page
     assert page.count("data:image/png") == 2
     assert model.read_bytes() == content
+
+
+def test_auto_looks_for_triggers_only_in_what_it_may_keep() -> None:
+    tried = [candidate("a", 0.9), candidate("b", 0.5), candidate("c", 0.88), candidate("d", 0.99, error="no")]
+    assert [each.name for each in worth_scanning(tried, 0.9, 0.03)] == ["a", "c"]
+    assert [each.name for each in worth_scanning(tried, 0.99, 0.03)] == ["a"]
+    assert worth_scanning(tried[3:], 0.9, 0.03) == []
 
 
 def candidate(name: str, accuracy: float, mask: float | None = 5.0, error: str = "") -> Candidate:

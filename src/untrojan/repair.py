@@ -12,7 +12,7 @@ from annotated_types import Ge, Interval
 
 from untrojan.cost import Cost, measure
 from untrojan.data.image_set import ImageSet, Splits
-from untrojan.defenses.repair.auto import QUICK, Candidate, choose
+from untrojan.defenses.repair.auto import QUICK, Candidate, choose, worth_scanning
 from untrojan.defenses.repair.inverted import inversion_file, smallest_mask
 from untrojan.defenses.repair.registry import REPAIRS, Repair
 from untrojan.defenses.repair.report import RepairReport
@@ -176,7 +176,7 @@ def run_repair(
         place = work and work / "distances-before.safetensors"
         with measure() as costs["class distances before"]:
             probe = DistanceProbe.of(model, images.repair, images.held_out, measuring, place)
-    candidates, scans = _tried_all(model, images, options, repairs, work, costs)
+    candidates, scans = _tried_all(model, images, options, repairs, before, work, costs)
     chosen = choose(candidates, before, options.tolerance)
     if chosen is None or chosen.report is None:
         reasons = "; ".join(f"{each.name}: {each.error}" for each in candidates)
@@ -204,23 +204,29 @@ def run_repair(
 
 def _tried_all(
     model: Classifier, images: CleanImages, options: RepairOptions, repairs: Mapping[str, Repair],
-    work: Path | None, costs: dict[str, Cost],
+    before: float, work: Path | None, costs: dict[str, Cost],
 ) -> tuple[list[Candidate], dict[str, ScanReport]]:  # fmt: skip
-    """Every method's outcome, and the scans of what came out. What each cost is added to ``costs``."""
+    """Every method's outcome, and the scans of what may be chosen. What each cost is added to ``costs``."""
     candidates: list[Candidate] = []
-    scans: dict[str, ScanReport] = {}
     for name, repair in repairs.items():
         candidate = _tried(name, repair, model, images, work)
         costs[f"repair: {name}"] = candidate.cost
         if candidate.report is None and options.method != AUTO:
             raise UntrojanError(candidate.error)
-        if candidate.report is not None and (options.scan or options.method == AUTO):
-            place = work and work / f"{name}-after.safetensors"
-            with measure() as costs[f"scan after: {name}"]:
-                scans[name] = _scan(candidate.report.model, images.repair, options.seed, place)
-            smallest = smallest_mask(scans[name])
-            candidate = replace(candidate, smallest_mask=None if smallest is None else smallest[1])
         candidates.append(candidate)
+    scans: dict[str, ScanReport] = {}
+    if not options.scan and options.method != AUTO:
+        return candidates, scans
+    worth = worth_scanning(candidates, before, options.tolerance)
+    for i, candidate in enumerate(candidates):
+        if candidate.report is None or candidate not in worth:
+            continue
+        place = work and work / f"{candidate.name}-after.safetensors"
+        with measure() as costs[f"scan after: {candidate.name}"]:
+            scan = _scan(candidate.report.model, images.repair, options.seed, place)
+        scans[candidate.name], smallest = scan, smallest_mask(scan)
+        pixels = None if smallest is None else smallest[1]
+        candidates[i] = replace(candidate, smallest_mask=pixels, scanned=True)
     return candidates, scans
 
 

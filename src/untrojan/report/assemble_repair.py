@@ -47,6 +47,7 @@ def assemble_repair(done: Repaired, asked: RepairOptions, subject: str, method: 
                 each.cost.seconds,
                 chosen=each.name == done.method,
                 within_tolerance=each.within(done.accuracy_before, asked.tolerance),
+                scanned=each.scanned,
                 error=each.error,
             )
             for each in done.candidates

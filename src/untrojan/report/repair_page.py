@@ -102,6 +102,7 @@ class Tried:
     seconds: float
     chosen: bool
     within_tolerance: bool
+    scanned: bool = True
     error: str = ""
 
 

@@ -26,7 +26,9 @@ class Candidate:
     """Share of held-out clean images classified rightly after the repair."""
     smallest_mask: float | None = None
     """Pixels that the smallest working trigger changes after the repair, over all classes; None where no
-    trigger was found to work."""
+    trigger was found to work, and where none was looked for."""
+    scanned: bool = False
+    """Whether triggers were looked for."""
 
     def within(self, accuracy_before: float, tolerance: float) -> bool:
         """Whether it was used, and cost no more accuracy than ``tolerance`` (both shares, 0 to 1)."""
@@ -37,14 +39,24 @@ def choose(candidates: Sequence[Candidate], accuracy_before: float, tolerance: f
     """Of the repairs within the tolerance, the one that leaves the largest smallest trigger; without any, the
     one that cost least accuracy; None where no method could be used.
 
+    Only those of :func:`worth_scanning` need their triggers looked for.
     A backdoor is a shortcut, and the smallest trigger over all classes is the measure of the shortest left.
     A model for which no trigger works at all counts as the best of all. No triggered image is asked.
     """
+    return max(
+        worth_scanning(candidates, accuracy_before, tolerance),
+        key=lambda each: (_size(each), each.benign_accuracy),
+        default=None,
+    )
+
+
+def worth_scanning(
+    candidates: Sequence[Candidate], accuracy_before: float, tolerance: float
+) -> list[Candidate]:
+    """Those that may be chosen: the repairs within the tolerance, without any the one that cost least."""
     usable = [each for each in candidates if each.report is not None]
     within = [each for each in usable if each.within(accuracy_before, tolerance)]
-    if within:
-        return max(within, key=lambda each: (_size(each), each.benign_accuracy))
-    return max(usable, key=lambda each: each.benign_accuracy, default=None)
+    return within or sorted(usable, key=lambda each: -each.benign_accuracy)[:1]
 
 
 def _size(candidate: Candidate) -> float:
