@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,16 @@ def in_turns(ways: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, f
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def in_turns_apart(script: str, ways: list[str], rounds: int = 3) -> dict[str, float]:
-    """Median seconds of ways that must not share a process: ``python SCRIPT WAY`` prints what it took."""
+def in_turns_apart(script: str, ways: Iterable[str], what: str, rounds: int = 3) -> dict[str, float]:
+    """Median seconds of ways that must not share a process: ``python SCRIPT WAY WHAT`` prints what it took.
+
+    Memory that one way keeps (:func:`untrojan.memory.keep_freed_memory`) is kept for all of a process.
+    """
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
-            done = subprocess.run([sys.executable, script, way], capture_output=True, text=True, check=True)
+            command = [sys.executable, script, way, what]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds[way].append(float(done.stdout))
     return {way: statistics.median(values) for way, values in seconds.items()}
 

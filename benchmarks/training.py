@@ -1,7 +1,4 @@
-"""The training loop against an ordinary DataLoader with transforms image by image; one epoch each.
-
-Each way has processes of its own, for memory that is kept is kept for all of a process.
-"""
+"""The training loop against an ordinary DataLoader with transforms image by image; one epoch each."""
 
 from __future__ import annotations
 
@@ -66,7 +63,7 @@ def ordinary(architecture: str, data: ImageSet) -> Callable[[], None]:
 
 
 def ours(architecture: str, data: ImageSet) -> Callable[[], object]:
-    # As every command does; for a whole process, hence one for each way.
+    # As every command does.
     keep_freed_memory()
     return lambda: train(build_for(data, architecture), data, RECIPE)
 
@@ -82,12 +79,10 @@ def seconds_of(way: str, architecture: str, epochs: int = 3) -> float:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        way, architecture = sys.argv[1].split(", ")
-        print(seconds_of(way, architecture))
+        print(seconds_of(*sys.argv[1:]))
         return
     for architecture in ("cnn", "resnet18-compact"):
-        taken = in_turns_apart(__file__, [f"{way}, {architecture}" for way in WAYS])
-        seconds = {way: taken[f"{way}, {architecture}"] for way in WAYS}
+        seconds = in_turns_apart(__file__, WAYS, architecture)
         report(f"training-{architecture}", seconds, "ordinary loop", "our loop", wanted=2.0)
 
 
