@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from untrojan.bench.graph import Cell, Stage
-from untrojan.bench.plan import AttackEntry, DefenseEntry, NetEntry, Plan, matching
+from untrojan.bench.plan import AttackEntry, DefenseEntry, NetEntry, Plan, ScanEntry, matching
 from untrojan.bench.versions import VERSIONS
 from untrojan.errors import UntrojanError
 from untrojan.registry import options_of
@@ -50,6 +50,8 @@ class _Resolved:
         self.recipes = {name: options_of(plan.recipe(name)) for name in names}
         self.attacks = {name: _attack_options(entry) for name, entry in plan.attacks.items()}
         self.defenses = {name: _defense_options(entry) for name, entry in plan.defenses.items()}
+        scans = {name: entry.scan for name, entry in plan.defenses.items()}
+        self.scans = {name: _scan_options(scan) for name, scan in scans.items() if scan is not None}
 
 
 def _attack_options(entry: AttackEntry) -> dict[str, Any] | None:
@@ -96,6 +98,12 @@ def _defense_options(entry: DefenseEntry) -> dict[str, Any]:
     return options_of(CLEANSERS.build(entry.cleanser, entry.options))
 
 
+def _scan_options(entry: ScanEntry) -> dict[str, Any]:
+    from untrojan.defenses.scanning.registry import SCANNERS
+
+    return options_of(SCANNERS.build(entry.method, entry.options))
+
+
 class _Expansion:
     """The stages of cells with the same data, net and seed."""
 
@@ -128,8 +136,11 @@ class _Expansion:
             stages |= self._trained_defended(attack_name, defense_name, defense, poisoned, seed)
         if defense.repair is not None:
             stages |= self._repaired(attack_name, defense_name, defense, poisoned, victim, seed)
+        if defense.scan is not None:
+            model = stages.get("defense") or stages.get("repair") or victim
+            stages |= self._scanned(attack_name, defense_name, defense.scan, poisoned, model, seed)
         axes = self._axes(attack_name, defense_name)
-        deciding = stages.get("audit") or stages.get("defense") or stages.get("repair")
+        deciding = stages.get("audit") or stages.get("defense") or stages.get("repair") or stages.get("scan")
         config = {
             "data": dict(self.data.config),
             "architecture": self.net.architecture,
@@ -147,8 +158,8 @@ class _Expansion:
         asks_set = defense.training or defense.repair or (defense.cleanser and not defense.exposure)
         if attack.sdrm is None or options is None or asks_set:
             raise UntrojanError(
-                f"cell {attack_name}/{defense_name}: infected models (sdrm) and exposure go together: keep "
-                "other attacks and defences apart by [[grid]]"
+                f"cell {attack_name}/{defense_name}: infected models (sdrm) and exposure go together, and "
+                "scans go with both: keep other attacks and defences apart by [[grid]]"
             )
         recipe = self.resolved.recipes[self.net.victim]
         seed = self.seed + attack.seed_offset
@@ -166,8 +177,30 @@ class _Expansion:
                 "expose", asked, {"data": self.data, "infected": infected}, f"{attack_name} {defense_name}",
                 profile=defense_name,
             )  # fmt: skip
+        if defense.scan is not None:
+            stages |= self._scanned(
+                attack_name, defense_name, defense.scan, self._clean(), infected, seed, infected
+            )
+            asked = dict(stages["scan"].config)
         axes = self._axes(attack_name, defense_name)
         return Cell(axes, stages, {"data": dict(self.data.config), "attack": config, "defense": asked})
+
+    def _scanned(
+        self, attack: str, name: str, asked: ScanEntry, poisoned: Stage, model: Stage, seed: int,
+        infected: Stage | None = None,
+    ) -> dict[str, Stage]:  # fmt: skip
+        """A scan of ``model`` and its score; of a model infected by its trainer, ``poisoned`` is the clean
+        set."""
+        options = dict(self.resolved.scans[name])
+        if "seed" in options and "seed" not in asked.options:
+            options["seed"] = seed
+        config = {"scanner": asked.method, "options": options, "share": asked.share, "seed": seed}
+        known = {"data": self.data, "poisoned": poisoned}
+        label = f"{attack} {name}"
+        scan = self._stage("scan", config, known | {"model": model}, f"{label} scan", profile=name)
+        truth = known if infected is None else known | {"infected": infected}
+        scored = self._stage("score_scan", {}, truth | {"scan": scan}, f"{label} scan's score")
+        return {"scan": scan, "scored": scored}
 
     def _axes(self, attack_name: str, defense_name: str) -> dict[str, str | int]:
         return {

@@ -206,6 +206,15 @@ class ExposureEntry(_Strict):
     """Of the clean training images, known to the defender."""
 
 
+class ScanEntry(_Strict):
+    """A scanner that is asked about the model one ends with, with clean images."""
+
+    method: str
+    options: dict[str, Any] = {}
+    share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Of the training set, in equal numbers of each class, drawn from what the attacker did not touch."""
+
+
 class DefenseEntry(_Strict):
     exposure: ExposureEntry | None = None
     """Ask the cleanser, as a detector of triggered images at the time of use, about models that ``sdrm``
@@ -223,6 +232,8 @@ class DefenseEntry(_Strict):
     """Measure the repaired model's accuracy under PGD, and the victim's."""
     distance: Literal["mask", "filter", "feature"] | None = None
     """Measure the change of class distances in this way, on a few pairs."""
+    scan: ScanEntry | None = None
+    """Ask a scanner about the victim; beside a training defence or a repair, about what that made."""
     options: dict[str, Any] = {}
     """Of the cleanser, the training defence or the repair."""
     retrain: bool = True
@@ -231,7 +242,7 @@ class DefenseEntry(_Strict):
     more training. Published comparisons take every verdict at its word."""
     published: str | None = None
     """The defence's name in the published figures; where it is left out the cleanser's or the repair's, or
-    ``training-`` and the training defence's."""
+    ``training-`` and the training defence's; the scanner's where there is none of these."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> DefenseEntry:
@@ -239,6 +250,8 @@ class DefenseEntry(_Strict):
             raise ValueError("a training defence stands alone: drop cleanser and exposure")
         if self.repair is not None and (self.cleanser or self.exposure or self.training):
             raise ValueError("a repair stands alone: drop cleanser, exposure and training")
+        if self.scan is not None and (self.cleanser or self.exposure):
+            raise ValueError("a scan is of a model, and a cleanser's cell tells of a set: drop one of them")
         if self.repair is None and self.model_fields_set & {"share", "robustness", "distance"}:
             raise ValueError("share, robustness and distance are a repair's: name it, or drop them")
         return self
@@ -246,7 +259,8 @@ class DefenseEntry(_Strict):
     @property
     def published_name(self) -> str:
         trained = None if self.training is None else f"training-{self.training}"
-        return self.published or self.cleanser or trained or self.repair or "none"
+        scanned = None if self.scan is None else self.scan.method
+        return self.published or self.cleanser or trained or self.repair or scanned or "none"
 
 
 class GridEntry(_Strict):
@@ -402,6 +416,7 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
     """What pydantic cannot know: the names and options that registries hold."""
     from untrojan.defenses.cleansing.registry import CLEANSERS
     from untrojan.defenses.repair.registry import REPAIRS
+    from untrojan.defenses.scanning.registry import SCANNERS
     from untrojan.defenses.training.registry import TRAINING_DEFENSES
     from untrojan.models.registry import check_name
 
@@ -430,6 +445,8 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
             yield f"defenses.{name}", partial(TRAINING_DEFENSES.build, defense.training, defense.options)
         if defense.repair is not None:
             yield f"defenses.{name}", partial(REPAIRS.build, defense.repair, defense.options)
+        if defense.scan is not None:
+            yield f"defenses.{name}.scan", partial(SCANNERS.build, defense.scan.method, defense.scan.options)
     choices: list[tuple[str, GridEntry | Choice]] = [
         *((f"grid.{index}", grid) for index, grid in enumerate(plan.grid)),
         *((f"tables.{table.name}.cells", table.cells) for table in plan.tables),

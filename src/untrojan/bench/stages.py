@@ -7,7 +7,7 @@ its fingerprint says that it came out the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from untrojan.attacks.poisoning import PoisonedData
     from untrojan.data.image_set import ImageSet, Splits
+    from untrojan.defenses.scanning.report import ScanReport
     from untrojan.models.classifier import Classifier
     from untrojan.triggers.base import Trigger
 
@@ -139,26 +140,33 @@ def score(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     from untrojan.metrics.cleansing import cleansing_rates
 
     made, found = _poisoned(place), _summary(place.inputs["audit"])
-    poisoned = found["verdict"] == "poisoned"
-    undecided = found["verdict"] == "undecided"
     flagged = _flags(place.inputs["audit"])
     if made.attack is None:
         rates = cleansing_rates(flagged, made.train.labels)
-        detection = {"false_alarm": poisoned, "undecided": undecided}
         removed = {"removed": rates.removed, "false_positive_rate": rates.false_positive_rate}
-        return {"sections": {"detection": detection, "cleansing": removed}}
+        return {"sections": {"detection": _of_a_clean_one(found), "cleansing": removed}}
     record = made.attack.record
-    # One target is right where it is the only one found: a second would cost a clean class its images.
-    right = poisoned and (record.target is None or list(found["targets"]) == [record.target])
+    detection = _detection(found, record.target)
     first = found["sources"][0][0] if found["sources"] and found["sources"][0] else None
-    detection = {
-        "detected": poisoned,
-        "right_target": right,
-        "right_source": right and first in record.sources,
-        "undecided": undecided,
-    }
+    detection["right_source"] = detection["right_target"] and first in record.sources
     rates = cleansing_rates(flagged, made.train.labels, record)
     return {"sections": {"detection": detection, "cleansing": rates.to_json()}}
+
+
+def _of_a_clean_one(found: Mapping[str, Any]) -> dict[str, bool]:
+    """What a verdict is worth where there is nothing to find."""
+    return {"false_alarm": found["verdict"] == "poisoned", "undecided": found["verdict"] == "undecided"}
+
+
+def _detection(found: Mapping[str, Any], target: int | None) -> dict[str, bool]:
+    """What a verdict is worth where every attacked class leads to ``target``, or None: each to another."""
+    poisoned = found["verdict"] == "poisoned"
+    return {
+        "detected": poisoned,
+        # One target is right where it is the only one found: a second would cost a clean class its images.
+        "right_target": poisoned and (target is None or list(found["targets"]) == [target]),
+        "undecided": found["verdict"] == "undecided",
+    }
 
 
 def defend(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -319,6 +327,49 @@ def expose(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     return found.to_json()
 
 
+def scan(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Ask a scanner about a model. It gets clean images, and nothing else."""
+    from untrojan.cost import measure
+    from untrojan.defenses.scanning.registry import SCANNERS
+    from untrojan.runs import json_text, write_bytes_atomically
+
+    clean = _untouched(_poisoned(place), config["share"], config["seed"])
+    scanner = SCANNERS.build(config["scanner"], config["options"])
+    with measure() as cost:
+        report = scanner(_model(place.inputs["model"]), clean, checkpoint=place.scratch / "scan.safetensors")
+    statistics = {str(label): values for label, values in report.statistics.items()}
+    evidence = {"statistics": statistics, "evidence": report.evidence}
+    write_bytes_atomically(place.out / "evidence.json", json_text(evidence).encode())
+    return {
+        "verdict": report.verdict,
+        "targets": report.targets,
+        "failed": report.failed,
+        "reason": report.reason,
+        "images": len(clean),
+        "seconds": cost.seconds,
+        "anomaly_index": _extreme(report, "anomaly_index", max),
+        "smallest_mask": _extreme(report, "mask_size", min),
+        "mean_max_reasr": report.evidence.get("mean_max_reasr"),
+    }
+
+
+def _extreme(report: ScanReport, name: str, of: Callable[[Iterable[float]], float]) -> float | None:
+    """The most suspicious class's statistic; None where no class has that one."""
+    values = [each[name] for each in report.statistics.values() if name in each]
+    return of(values) if values else None
+
+
+def score_scan(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Hold a scan against the truth, which it never saw."""
+    found, made = _summary(place.inputs["scan"]), _poisoned(place)
+    if "infected" in place.inputs:
+        target = _record(place.inputs["infected"])["config"]["infection"]["target"]
+        return {"sections": {"detection": _detection(found, target)}}
+    if made.attack is None:
+        return {"sections": {"detection": _of_a_clean_one(found)}}
+    return {"sections": {"detection": _detection(found, made.attack.record.target)}}
+
+
 STAGES: Mapping[str, StageFunction] = {
     "data": data,
     "poison": poison,
@@ -333,6 +384,8 @@ STAGES: Mapping[str, StageFunction] = {
     "score_dropped": score_dropped,
     "repair": repair,
     "assess": assess,
+    "scan": scan,
+    "score_scan": score_scan,
 }
 
 

@@ -22,4 +22,6 @@ VERSIONS: Mapping[str, int] = {
     "score_dropped": 1,
     "repair": 1,
     "assess": 1,
+    "scan": 1,
+    "score_scan": 1,
 }
