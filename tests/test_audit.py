@@ -25,6 +25,8 @@ from untrojan.defenses.cleansing.registry import CLEANSERS, method_names
 from untrojan.defenses.cleansing.report import CleansingReport
 from untrojan.defenses.cleansing.reverse_engineering import ReverseEngineering
 from untrojan.errors import UntrojanError
+from untrojan.inversion.additive import AdditivePattern
+from untrojan.inversion.engine import FAST, PAPER, invert
 from untrojan.metrics.cleansing import cleansing_rates
 from untrojan.models.classifier import Classifier, predictions_of
 from untrojan.training.recipe import Recipe
@@ -202,9 +204,8 @@ def test_paper_schedule_finds_the_pair_the_fast_one_finds(found) -> None:  # typ
     data = blobs(count=240).train
     pairs = torch.tensor([[0, 2], [0, 1]])
     norms = []
-    for schedule in ("paper", "fast"):
-        method = ReverseEngineering(schedule=schedule, flip_fraction=0.8)
-        inversion = method.estimate_patterns(data, found.model, pairs)
+    for schedule in (PAPER, FAST):
+        inversion = invert(found.model, data, pairs, AdditivePattern(), replace(schedule, flip_fraction=0.8))
         assert bool(inversion.solved.all())
         norms.append(inversion.parameters.flatten(1).norm(dim=1))
     for backdoor, ordinary in norms:

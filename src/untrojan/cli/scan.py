@@ -29,8 +29,9 @@ def scan(
         list[str] | None,
         typer.Option(
             metavar="NAMES",
-            help="neural-cleanse (the default), abs, natural, class-distance: with commas between, or "
-            "repeated; or all. Natural says how fragile a model is, and has no vote beside others.",
+            help="neural-cleanse (the default), additive, abs, natural, class-distance: with commas between, "
+            "or repeated; or all. Additive looks for faint patterns over the whole image. Natural says how "
+            "fragile a model is, and has no vote beside others.",
         ),
     ] = None,
     distance: Annotated[

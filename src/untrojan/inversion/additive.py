@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -49,3 +50,18 @@ class AdditivePattern:
         """L2 norms."""
         norms: Tensor = torch.linalg.vector_norm(parameters.flatten(1), dim=1)
         return norms
+
+
+@dataclass(frozen=True)
+class FlippingPattern(AdditivePattern):
+    """An additive pattern that flips a class when added, and that is all: for clean images of the target,
+    which no removal can unflip."""
+
+    both_sides: ClassVar[bool] = False
+
+    def views(self, parameters: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        return self.embed(parameters, sources)
+
+    def loss(self, logits: Tensor, parameters: Tensor, pairs: Tensor) -> Tensor:
+        target = pairs[:, 1, None].expand(-1, logits.shape[1])
+        return F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)

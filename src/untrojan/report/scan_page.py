@@ -42,12 +42,15 @@ COLUMNS: Mapping[str, str] = {
     "median_distance": "Median distance from other classes",
     "least_distance": "Least distance",
     "pair_anomaly_index": "Anomaly index of its nearest pair",
+    "smallest_norm": "Norm of the smallest added pattern",
+    "log10_p_value": "log10 p",
     "pairs_measured": "Source classes measured",
 }
 """What statistics are called on the page; others by their own name."""
 SHARES = frozenset({"flip_fraction", "reasr"})
 TITLES: Mapping[str, str] = {
     "neural-cleanse": "Neural Cleanse: the smallest trigger into every class",
+    "additive": "RE's test: the smallest pattern added to carry one class into another",
     "abs": "ABS: channels that raise one class",
     "natural": "Natural backdoors: how small patches do without any attack",
     "class-distance": "Class distance: how near every class is to every other",

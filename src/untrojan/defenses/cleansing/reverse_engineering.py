@@ -6,6 +6,7 @@ Detection and Training Set Cleansing", algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +33,7 @@ from untrojan.inversion.engine import (
     FAST,
     PAPER,
     Inversion,
+    Problem,
     ProportionalStep,
     Schedule,
     all_pairs,
@@ -80,6 +82,19 @@ class _Cleansed:
     evidence: dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """What the patterns of all pairs say."""
+
+    found: tuple[ClassTest, ...]
+    sources: dict[int, tuple[int, ...]]
+    """By target found."""
+    blind: str
+    """Why nothing can be said; empty where it can."""
+    reason: str
+    evidence: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class ReverseEngineering:
     """RE's algorithm 1. The defaults are the paper's, but for the schedule, which is the fast one."""
@@ -110,53 +125,59 @@ class ReverseEngineering:
 
         Raises UntrojanError for fewer than three classes (no null can be fitted) or a class without images.
         """
-        pairs, weights = all_pairs(train.num_classes), None
-        if train.num_classes > ALL_PAIRS_UP_TO and self.schedule == "fast":
-            pairs, weights = screen(model, train, AdditivePattern(self.balance), self.seed)
-        inversion = self.estimate_patterns(train, model, pairs, checkpoint)
-        reciprocals = reciprocals_of(inversion, train.num_classes)
-        return self.infer_and_cleanse(train, model, inversion, reciprocals, weights)
-
-    def estimate_patterns(
-        self, train: ImageSet, model: Classifier, pairs: Tensor, checkpoint: Path | None = None
-    ) -> Inversion:
-        """Lines 3-8 for int64 pairs (P, 2)."""
-        schedule = replace(PAPER if self.schedule == "paper" else FAST, flip_fraction=self.flip_fraction)
-        problem = AdditivePattern(self.balance)
-        return invert(
-            model, train, pairs, problem, schedule, seed=self.seed, checkpoint=checkpoint,
-            description="estimating patterns",
-        )  # fmt: skip
-
-    def infer_and_cleanse(
-        self,
-        train: ImageSet,
-        model: Classifier,
-        inversion: Inversion,
-        reciprocals: Floats,
-        weights: Floats | None = None,
-    ) -> CleansingReport:
-        """Lines 9-22. ``weights`` (K, K) come with pairs that :meth:`screen` chose."""
-        evidence: dict[str, Any] = _evidence(inversion, reciprocals)
-        blind = _too_many_failures(reciprocals, len(inversion.pairs))
-        if blind:
+        inversion, weights = self.estimate_patterns(train, model, AdditivePattern(self.balance), checkpoint)
+        inferred = self.infer(inversion, train.class_names, weights)
+        if inferred.blind:
+            nothing = torch.zeros(len(train))
             return CleansingReport(
-                "undecided", _none(train), torch.zeros(len(train)), reason=blind, evidence=evidence
+                "undecided", nothing.bool(), nothing, reason=inferred.blind, evidence=inferred.evidence
             )
-        found, overall, log_p_value = find_targets(
-            reciprocals, self.significance, location=self.location, weights=weights, calibrate=self.calibrate
-        )
-        evidence |= self._statistics(reciprocals, overall, log_p_value, weights)
-        cleansed = self._cleanse(train, model, inversion, found)
-        evidence |= cleansed.evidence
+        cleansed = self._cleanse(train, model, inversion, inferred.found)
         return CleansingReport(
-            verdict="poisoned" if found else "clean",
+            verdict="poisoned" if inferred.found else "clean",
             flagged=cleansed.flagged,
             scores=cleansed.scores,
             targets=tuple(test.target for test in cleansed.kept),
-            sources=tuple(_sources(reciprocals, test, self.significance) for test in cleansed.kept),
-            reason=_reason(found, overall, log_p_value, train),
-            evidence=evidence,
+            sources=tuple(inferred.sources[test.target] for test in cleansed.kept),
+            reason=inferred.reason,
+            evidence=inferred.evidence | cleansed.evidence,
+        )
+
+    def estimate_patterns(
+        self, data: ImageSet, model: Classifier, problem: Problem, checkpoint: Path | None = None
+    ) -> tuple[Inversion, Floats | None]:
+        """Lines 3-8 for every pair, or for those that :func:`screen` chooses, whose weights come second.
+
+        Raises UntrojanError for a class without images.
+        """
+        pairs, weights = all_pairs(data.num_classes), None
+        if data.num_classes > ALL_PAIRS_UP_TO and self.schedule == "fast":
+            pairs, weights = screen(model, data, problem, self.seed)
+        schedule = replace(PAPER if self.schedule == "paper" else FAST, flip_fraction=self.flip_fraction)
+        inversion = invert(
+            model, data, pairs, problem, schedule, seed=self.seed, checkpoint=checkpoint,
+            description="estimating patterns",
+        )  # fmt: skip
+        return inversion, weights
+
+    def infer(
+        self, inversion: Inversion, class_names: Sequence[str], weights: Floats | None = None
+    ) -> Inference:
+        """Lines 9-17: which classes a pattern leads to that is too small to be chance."""
+        reciprocals = reciprocals_of(inversion, len(class_names))
+        evidence: dict[str, Any] = _evidence(inversion, reciprocals)
+        blind = _too_many_failures(reciprocals, len(inversion.pairs))
+        if blind:
+            return Inference((), {}, blind, blind, evidence)
+        found, overall, log_p_value = find_targets(
+            reciprocals, self.significance, location=self.location, weights=weights, calibrate=self.calibrate
+        )
+        return Inference(
+            found=found,
+            sources={test.target: _sources(reciprocals, test, self.significance) for test in found},
+            blind="",
+            reason=_reason(found, overall, log_p_value, class_names),
+            evidence=evidence | self._statistics(reciprocals, overall, log_p_value, weights),
         )
 
     def _cleanse(
@@ -289,9 +310,10 @@ def _sources(reciprocals: Floats, test: ClassTest, significance: float) -> tuple
     return tuple(standing_out) or (test.source,)
 
 
-def _reason(found: tuple[ClassTest, ...], overall: Detection, log_p_value: float, train: ImageSet) -> str:
+def _reason(
+    found: tuple[ClassTest, ...], overall: Detection, log_p_value: float, names: Sequence[str]
+) -> str:
     suspect = found[0] if found else overall.suspect
-    names = train.class_names
     pair = f"from {names[suspect.source]!r} to {names[suspect.target]!r}"
     norm = 1 / suspect.largest
     if found:

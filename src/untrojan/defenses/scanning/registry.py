@@ -25,6 +25,7 @@ SCANNERS: Registry[Scanner] = Registry(
     "scanner",
     {
         "neural-cleanse": "untrojan.defenses.scanning.neural_cleanse:NeuralCleanse",
+        "additive": "untrojan.defenses.scanning.additive:AdditiveTest",
         "abs": "untrojan.defenses.scanning.abs:ABS",
         "natural": "untrojan.defenses.scanning.natural:NaturalTrojans",
         "class-distance": "untrojan.defenses.scanning.class_distance:ClassDistance",
