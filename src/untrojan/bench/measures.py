@@ -78,6 +78,7 @@ MEASURES: Mapping[str, Measure] = {
     "dropping.falsely_removed": Measure("dropped clean", "number"),
     "defense.seconds": Measure("defence s", "seconds"),
     "scan.anomaly_index": Measure("largest anomaly index", "number"),
+    "scan.log10_p_value": Measure("log10 p", "number"),
     "scan.smallest_mask": Measure("smallest mask", "number"),
     "scan.mean_max_reasr": Measure("mean MAX-REASR", "share"),
     "scan.images": Measure("clean images", "number"),

@@ -349,6 +349,7 @@ def scan(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
         "seconds": cost.seconds,
         "anomaly_index": _extreme(report, "anomaly_index", max),
         "smallest_mask": _extreme(report, "mask_size", min),
+        "log10_p_value": report.evidence.get("log10_p_value"),
         "mean_max_reasr": report.evidence.get("mean_max_reasr"),
     }
 
