@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from untrojan.bench.cells import expand
+from untrojan.bench.measures import value_of
 from untrojan.bench.plan import read_plan
 from untrojan.bench.table import check_bound, outcomes_of, render
 from untrojan.errors import UntrojanError
@@ -244,3 +245,10 @@ def test_format_and_place(bench: Bench, tmp_path: Path) -> None:
         render(bench.plan_path, None, None)
     bench.everything()
     assert render(bench.plan_path, None, tmp_path) == render(bench.plan_path, bench.results, None)
+
+
+def test_what_is_left_of_a_backdoor_is_counted_above_a_clean_model() -> None:
+    result = {"result": {"retrained": {"attack_success": 0.053}, "clean_model": {"attack_success": 0.059}}}
+    assert value_of(result, "retrained.above_clean_model") == pytest.approx(-0.006)
+    del result["result"]["clean_model"]
+    assert value_of(result, "retrained.above_clean_model") is None

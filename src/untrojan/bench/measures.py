@@ -95,6 +95,7 @@ MEASURES: Mapping[str, Measure] = {
     "distance.after": Measure("distance", "number"),
     "distance.increase": Measure("distance increase", "share"),
     "retrained.attack_success": Measure("retrained ASR", "share"),
+    "retrained.above_clean_model": Measure("ASR above a clean model's", "share"),
     "retrained.benign_accuracy": Measure("retrained ACC", "share"),
     "retrained.accuracy_drop": Measure("retrained ACC below clean", "share"),
     # Of the model that one ends with: the training defence's, the repaired or the retrained one, else the
@@ -133,6 +134,8 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
     sections = result.get("result") or {}
     if section == "final":
         return _final(sections, key)
+    if name == "retrained.above_clean_model":
+        return _above_clean_model(sections)
     found = sections.get(section)
     return _number(found, key)
 
@@ -158,6 +161,13 @@ def _final(sections: Mapping[str, Any], key: str) -> float | None:
     after = _number(model, "benign_accuracy")
     before = _number(sections.get("undefended"), "benign_accuracy")
     return None if after is None or before is None else before - after
+
+
+def _above_clean_model(sections: Mapping[str, Any]) -> float | None:
+    """What is left of a backdoor: no cleansing goes below what a model takes for the target without any."""
+    after = _number(sections.get("retrained"), "attack_success")
+    without = _number(sections.get("clean_model"), "attack_success")
+    return None if after is None or without is None else after - without
 
 
 def _number(found: Any, key: str) -> float | None:
