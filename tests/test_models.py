@@ -36,6 +36,8 @@ def small(name: str, shape: tuple[int, int, int] = (3, 32, 32), **options: objec
         ("vgg19", (3, 32, 32), 10, 20_040_522),
         ("resnet18", (3, 32, 32), 10, 11_173_962),
         ("resnet34", (3, 32, 32), 10, 21_282_122),
+        ("resnet20", (3, 32, 32), 10, 272_282),
+        ("resnet32", (3, 32, 32), 10, 466_714),
         # 11,171,146 without the final batch norm of 512 channels.
         ("preact-resnet18", (3, 32, 32), 10, 11_171_146 + 2 * 512),
         ("nin", (3, 32, 32), 10, 966_986),

@@ -32,6 +32,8 @@ _PLACES: Mapping[str, str] = {
     "vgg19": "vgg:vgg19",
     "resnet18": "resnet:resnet18",
     "resnet18-compact": "resnet:resnet18_compact",
+    "resnet20": "resnet:resnet20",
+    "resnet32": "resnet:resnet32",
     "resnet34": "resnet:resnet34",
     "preact-resnet18": "resnet:preact_resnet18",
     "nin": "nin:nin",

@@ -1,4 +1,4 @@
-"""Residual networks in their CIFAR form: a 3x3 stem, four stages of basic blocks, 1x1 projections.
+"""Residual networks in their CIFAR form: a 3x3 stem, three or four stages of basic blocks, 1x1 projections.
 
 He et al., "Deep Residual Learning for Image Recognition" (2016), and for the pre-activated one "Identity
 Mappings in Deep Residual Networks" (2016). The wide and compact ResNet-18 are those of RE's figure 3.
@@ -14,6 +14,7 @@ from untrojan.models.layers import GlobalAveragePool, scaled
 
 _WIDE = (64, 128, 256, 512)
 _COMPACT = (16, 32, 64, 64)
+_NARROW = (16, 32, 64)
 
 
 def resnet18(num_classes: int, in_channels: int, image_size: int, width: float = 1.0) -> nn.Module:
@@ -36,8 +37,18 @@ def preact_resnet18(num_classes: int, in_channels: int, image_size: int, width: 
     return PreActResNet((2, 2, 2, 2), [scaled(f, width) for f in _WIDE], num_classes, in_channels)
 
 
+def resnet20(num_classes: int, in_channels: int, image_size: int, width: float = 1.0) -> nn.Module:
+    """Pre-activated, 16-32-64 filters, three blocks a stage, as DECK's subjects are."""
+    return PreActResNet((3, 3, 3), [scaled(f, width) for f in _NARROW], num_classes, in_channels)
+
+
+def resnet32(num_classes: int, in_channels: int, image_size: int, width: float = 1.0) -> nn.Module:
+    """:func:`resnet20` with five blocks a stage."""
+    return PreActResNet((5, 5, 5), [scaled(f, width) for f in _NARROW], num_classes, in_channels)
+
+
 class ResNet(nn.Module):
-    """``layer1`` keeps the resolution; ``layer2`` to ``layer4`` halve it."""
+    """``layer1`` keeps the resolution; those after it halve it."""
 
     def __init__(
         self, blocks: Sequence[int], filters: Sequence[int], num_classes: int, in_channels: int
@@ -46,16 +57,14 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, filters[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(filters[0])
         self.relu = nn.ReLU()
-        self.layer1 = _stage(BasicBlock, filters[0], filters[0], blocks[0], stride=1)
-        self.layer2 = _stage(BasicBlock, filters[0], filters[1], blocks[1], stride=2)
-        self.layer3 = _stage(BasicBlock, filters[1], filters[2], blocks[2], stride=2)
-        self.layer4 = _stage(BasicBlock, filters[2], filters[3], blocks[3], stride=2)
+        self.stages = _add_stages(self, BasicBlock, blocks, filters)
         self.pool = GlobalAveragePool()
-        self.linear = nn.Linear(filters[3], num_classes)
+        self.linear = nn.Linear(filters[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.relu(self.bn1(self.conv1(images)))
-        features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
+        for stage in self.stages:
+            features = self.get_submodule(stage)(features)
         logits: Tensor = self.linear(self.pool(features))
         return logits
 
@@ -68,17 +77,16 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, filters[0], 3, padding=1, bias=False)
-        self.layer1 = _stage(PreActBlock, filters[0], filters[0], blocks[0], stride=1)
-        self.layer2 = _stage(PreActBlock, filters[0], filters[1], blocks[1], stride=2)
-        self.layer3 = _stage(PreActBlock, filters[1], filters[2], blocks[2], stride=2)
-        self.layer4 = _stage(PreActBlock, filters[2], filters[3], blocks[3], stride=2)
-        self.bn = nn.BatchNorm2d(filters[3])
+        self.stages = _add_stages(self, PreActBlock, blocks, filters)
+        self.bn = nn.BatchNorm2d(filters[-1])
         self.relu = nn.ReLU()
         self.pool = GlobalAveragePool()
-        self.linear = nn.Linear(filters[3], num_classes)
+        self.linear = nn.Linear(filters[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(images)))))
+        features = self.conv1(images)
+        for stage in self.stages:
+            features = self.get_submodule(stage)(features)
         logits: Tensor = self.linear(self.pool(self.relu(self.bn(features))))
         return logits
 
@@ -130,8 +138,18 @@ class PreActBlock(nn.Module):
         return out
 
 
-def _stage(
-    block: type[BasicBlock] | type[PreActBlock], in_channels: int, filters: int, count: int, stride: int
-) -> nn.Sequential:
-    first = block(in_channels, filters, stride)
-    return nn.Sequential(first, *(block(filters, filters, 1) for _ in range(count - 1)))
+def _add_stages(
+    network: nn.Module,
+    block: type[BasicBlock] | type[PreActBlock],
+    blocks: Sequence[int],
+    filters: Sequence[int],
+) -> tuple[str, ...]:
+    """Give ``network`` its ``layer1``, ``layer2``, ..., of so many blocks and filters each; their names."""
+    names, incoming = [], filters[0]
+    for number, (count, outgoing) in enumerate(zip(blocks, filters, strict=True), 1):
+        first = block(incoming, outgoing, 1 if number == 1 else 2)
+        stage = nn.Sequential(first, *(block(outgoing, outgoing, 1) for _ in range(count - 1)))
+        network.add_module(f"layer{number}", stage)
+        names.append(f"layer{number}")
+        incoming = outgoing
+    return tuple(names)
