@@ -7,9 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from untrojan.data.image_set import ImageSet, numbered
+from untrojan.defenses.repair.abs import ABSRepair
 from untrojan.defenses.scanning import abs as scanning
-from untrojan.defenses.scanning.abs import ABS, Candidate, chosen, margins, sampled, stimulate, suspicious
+from untrojan.defenses.scanning.abs import (
+    ABS,
+    Candidate,
+    chosen,
+    margins,
+    sampled,
+    stimulate,
+    success_of,
+    suspicious,
+)
 from untrojan.defenses.scanning.natural import NaturalTrojans
+from untrojan.defenses.scanning.report import InvertedTrigger
 from untrojan.errors import UntrojanError
 from untrojan.inversion.stimulated import StimulatedPattern
 from untrojan.models import registry
@@ -50,6 +61,22 @@ def planted(strength: float = 2560.0) -> Classifier:
             network[4].weight[label, list(pair)] = 8.0
         network[4].weight[TARGET, PLANTED] = strength
     return Classifier(network, 3, torch.zeros(3), torch.ones(3))
+
+
+def magenta_spots() -> InvertedTrigger:
+    mask, pattern = torch.zeros(1, 8, 8), torch.tensor([1.0, 0.0, 1.0])[:, None, None].expand(3, 8, 8)
+    mask[0, :2, 0] = 1
+    return InvertedTrigger(mask, pattern)
+
+
+def test_the_planted_channel_s_trigger_is_inverted_and_unlearned() -> None:
+    model, clean = planted(), colours()
+    assert success_of(magenta_spots(), model, clean, TARGET) == 1
+    report = ABSRepair(size=0.05, kinds=("patch",))(model, clean)
+    (undone,) = report.history["unlearned"]
+    assert (undone["label"], undone["channel"], undone["reasr"]) == (TARGET, PLANTED, 1.0)
+    assert success_of(magenta_spots(), report.model, clean, TARGET) < 0.05
+    assert float((predictions_of(report.model, clean.images) == clean.labels).float().mean()) == 1
 
 
 def test_stimulation_names_the_planted_channel_and_inversion_finds_its_colour() -> None:

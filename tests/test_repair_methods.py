@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conftest import Backdoored
 from untrojan.data.image_set import ImageSet, numbered
+from untrojan.defenses.repair.abs import ABSRepair, Filter
 from untrojan.defenses.repair.fine_pruning import FinePruning, idle_order, reader_of, silenced
 from untrojan.defenses.repair.finetune import Finetuning
 from untrojan.defenses.repair.inverted import backdoors_of
@@ -22,9 +23,11 @@ from untrojan.defenses.repair.nad import NAD, attention, distillation_loss
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.repair.tuning import apart, balanced, batch_size_for, cutout, cutting_out
 from untrojan.defenses.repair.unlearning import Unlearning
+from untrojan.defenses.scanning.abs import ABS
 from untrojan.defenses.scanning.neural_cleanse import NeuralCleanse
 from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
 from untrojan.errors import UntrojanError
+from untrojan.inversion.filters import FilterMatrix
 from untrojan.metrics.accuracy import attack_success_rate, benign_accuracy
 from untrojan.models.classifier import Classifier, logits_of, to_float
 from untrojan.models.registry import build
@@ -37,6 +40,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "mcr": {"epochs": 1, "end_epochs": 1},
     "unlearning": {},
     "neuron-pruning": {"step": 0.1},
+    "abs": {"kinds": ["patch"]},
 }
 
 
@@ -108,6 +112,36 @@ def test_an_inverted_trigger_is_unlearned(backdoored: Backdoored, scanned: None)
     assert report.history["scan"]["undone"] == [1]
     plain = Unlearning(epochs=3, stamped=0.0)(backdoored.model, backdoored.clean)
     assert attack_success_rate(plain.model, backdoored.triggered) > 0.5
+
+
+def test_abs_undoes_each_class_s_best_trigger_that_works(backdoored: Backdoored) -> None:
+    report = ABSRepair(size=0.05, steps=20)(backdoored.model, backdoored.clean)
+    undone, inverted = report.history["unlearned"], report.history["inverted"]
+    assert {each["kind"] for each in inverted} == {"patch", "filter"}
+    working = {each["label"] for each in inverted if each["reasr"] >= 0.8}
+    assert working
+    assert {each["label"] for each in undone} == working
+    assert len(undone) == len(working)
+    alone = ABSRepair(size=0.05, limit=1.0, kinds=("filter",), steps=1)(backdoored.model, backdoored.clean)
+    assert len(alone.history["unlearned"]) == 1
+
+
+def test_abs_says_where_it_has_nothing_to_undo(
+    backdoored: Backdoored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UntrojanError, match="kind of trigger"):
+        ABSRepair(kinds=())(backdoored.model, backdoored.clean)
+    monkeypatch.setattr(ABS, "candidates", lambda *_: [])
+    with pytest.raises(UntrojanError, match="no inner channel raises one class"):
+        ABSRepair()(backdoored.model, backdoored.clean)
+
+
+def test_a_filter_is_laid_over_images() -> None:
+    matrix = torch.zeros(3, 12)
+    matrix[:, 9:] = torch.eye(3)
+    images = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    blurred = Filter(matrix, FilterMatrix(torch.eye(12), window=11))(images)
+    torch.testing.assert_close(blurred, images.mean((2, 3), keepdim=True).expand_as(images))
 
 
 def test_which_triggers_are_undone() -> None:

@@ -42,6 +42,11 @@ METHODS: Mapping[str, tuple[str, str]] = {
         "pruning of the neurons that an inverted trigger excites",
         "Neurons are silenced in the order in which the trigger that Neural Cleanse inverts excites them.",
     ),
+    "abs": (
+        "artificial brain stimulation (ABS)",
+        "Channels that raise one class on all images are searched, a patch and a filter that excite each are "
+        "inverted, and what works best is stamped on images that keep their right labels.",
+    ),
     "anp": (
         "adversarial neuron pruning (ANP)",
         "Neurons whose perturbed weights mislead it most are silenced as long as accuracy lasts.",

@@ -29,6 +29,7 @@ REPAIRS: Registry[Repair] = Registry(
         "mcr": "untrojan.defenses.repair.mcr:MCR",
         "unlearning": "untrojan.defenses.repair.unlearning:Unlearning",
         "neuron-pruning": "untrojan.defenses.repair.neuron_pruning:NeuronPruning",
+        "abs": "untrojan.defenses.repair.abs:ABSRepair",
         "moth": "untrojan.defenses.repair.moth:MOTH",
         "deck": "untrojan.defenses.repair.deck:DECK",
         "i-bau": "untrojan.defenses.repair.ibau:IBAU",

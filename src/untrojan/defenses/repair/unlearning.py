@@ -46,17 +46,17 @@ class Unlearning:
     """How a trigger is inverted, where none is given."""
 
     def __call__(
-        self, model: Classifier, clean: ImageSet, trigger: Stamp | None = None, *,
+        self, model: Classifier, clean: ImageSet, trigger: Stamp | Sequence[Stamp] | None = None, *,
         checkpoint: Path | None = None,
     ) -> RepairReport:  # fmt: skip
-        """Unlearn ``trigger`` on ``clean``, images known to be rightly labelled.
+        """Unlearn ``trigger``, or several, on ``clean``, images known to be rightly labelled.
 
         Without one, Neural Cleanse is asked, and every trigger it suspects is unlearned; where it suspects
         none, the one with the smallest mask. Raises UntrojanError where the model's classes are not the
         images', no trigger can be inverted, or training diverges.
         """
         found: dict[str, Any] = {}
-        triggers: Sequence[Stamp] = () if trigger is None else (trigger,)
+        triggers: Sequence[Stamp] = (trigger,) if callable(trigger) else trigger or ()
         if not triggers:
             inverted, found = invert_backdoors(model, clean, self.schedule, self.seed, checkpoint)
             triggers = list(inverted.values())

@@ -5,6 +5,7 @@ Liu et al., "ABS: Scanning Neural Networks for Back-doors by Artificial Brain St
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -338,7 +339,7 @@ def class_statistics(best: dict[int, Patch], classes: int) -> dict[int, dict[str
     }
 
 
-def success_of(trigger: InvertedTrigger, model: Classifier, clean: ImageSet, label: int) -> float:
+def success_of(trigger: Callable[[Tensor], Tensor], model: Classifier, clean: ImageSet, label: int) -> float:
     """The share of clean images of other classes than ``label`` that the trigger, in bytes, carries there."""
     others = clean.images[clean.labels != label]
     if not len(others):
