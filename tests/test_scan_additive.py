@@ -11,6 +11,7 @@ from untrojan.defenses.scanning.additive import AdditiveTest
 from untrojan.errors import UntrojanError
 from untrojan.inversion.additive import AdditivePattern, FlippingPattern
 from untrojan.models.classifier import Classifier, predictions_of
+from untrojan.triggers.base import to_bytes
 
 CLASSES, EACH, SIDE, TARGET = 7, 40, 8, 4
 
@@ -57,6 +58,12 @@ def test_a_planted_direction_is_found_and_named() -> None:
     report = AdditiveTest()(model, clean)
     assert (report.verdict, report.targets) == ("poisoned", (TARGET,))
     norms = [report.statistics[label]["smallest_norm"] for label in range(CLASSES)]
+    found = report.trigger_into(TARGET)
+    assert found is not None
+    assert float(found.pattern.norm()) == pytest.approx(norms[TARGET])
+    others = clean.images[clean.labels != TARGET].float() / 255
+    carried = predictions_of(model, to_bytes(found(others))) == TARGET
+    assert float(carried.float().mean()) > 0.1
     # A source lies half its distance from the target's side of the border, and the chessboard is that steep.
     centres = prototypes()
     gaps = (centres - centres[TARGET]).square().sum(1)[torch.arange(CLASSES) != TARGET] / 2

@@ -14,7 +14,7 @@ from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing.report import Verdict
 from untrojan.defenses.scanning.linearity import ChannelHistogram, most_linear_channels
 from untrojan.defenses.scanning.registry import SCANNERS, Scanner
-from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
+from untrojan.defenses.scanning.report import AddedPattern, InvertedTrigger, ScanReport
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier
 
@@ -156,8 +156,11 @@ def write_scan(
         for label, trigger in report.triggers.items():
             tensors[f"{prefix}mask_{label}"] = trigger.mask.contiguous()
             tensors[f"{prefix}pattern_{label}"] = trigger.pattern.contiguous()
-        shown = [target for target in report.targets if target in report.triggers]
-        pictures |= {f"{prefix}trigger_{target}.png": picture(report.triggers[target]) for target in shown}
+        for label, added in report.patterns.items():
+            tensors[f"{prefix}added_{label}"] = added.pattern.contiguous()
+        for target in report.targets:
+            if (shown := report.trigger_into(target)) is not None:
+                pictures[f"{prefix}trigger_{target}.png"] = picture(shown)
     folder.write_tensors("triggers.safetensors", tensors)
     for place, content in pictures.items():
         folder.write_bytes(place, content)
@@ -165,11 +168,14 @@ def write_scan(
     return metrics
 
 
-def picture(trigger: InvertedTrigger) -> bytes:
-    """The trigger on a grey ground as a PNG, every pixel enlarged to a whole square."""
-    from untrojan.report.images import png
+def picture(trigger: InvertedTrigger | AddedPattern) -> bytes:
+    """The trigger on a grey ground as a PNG, every pixel enlarged to a whole square; what is added amplified
+    until it can be seen."""
+    from untrojan.report.images import pattern_png, png
     from untrojan.triggers.base import to_bytes
 
+    if isinstance(trigger, AddedPattern):
+        return pattern_png(trigger.pattern)
     image = to_bytes(trigger(torch.full_like(trigger.pattern, 0.5)[None]))[0]
     times = max(1, -(-256 // max(image.shape[-2:])))
     return png(image.repeat_interleave(times, 1).repeat_interleave(times, 2))

@@ -119,7 +119,7 @@ def _summary(found: Scan, clean: ImageSet, out: Path) -> None:
         options.say(f"{opening}{verdict[report.verdict]}: {report.reason}")
         for target in report.targets:
             shown = f"  into class {options.named(clean, target)}"
-            if target in report.triggers:
+            if report.trigger_into(target) is not None:
                 shown += f": the trigger is {out / f'{prefix}trigger_{target}.png'}"
             options.say(shown)
         if report.failed:

@@ -13,7 +13,7 @@ from torch import Tensor
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing.report import Verdict
 from untrojan.defenses.scanning.linearity import ChannelHistogram
-from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
+from untrojan.defenses.scanning.report import AddedPattern, InvertedTrigger, ScanReport
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, predictions_of
 from untrojan.report.activations import activation_histogram
@@ -62,7 +62,7 @@ class TriggerAtWork:
     """A trigger that leads to a class under suspicion, and what it does to a few clean images."""
 
     target: int
-    trigger: InvertedTrigger
+    trigger: InvertedTrigger | AddedPattern
     before: Tensor
     """uint8 (M, C, H, W)."""
     after: Tensor
@@ -118,13 +118,16 @@ def assemble_scan(
 
 
 def _pictured(report: ScanReport) -> list[int]:
-    return [target for target in report.targets if target in report.triggers][:MOST_TRIGGERS]
+    return [each for each in report.targets if report.trigger_into(each) is not None][:MOST_TRIGGERS]
 
 
 def _at_work(target: int, report: ScanReport, model: Classifier, clean: ImageSet) -> TriggerAtWork:
-    """One image each of the first other classes that have any."""
-    trigger = report.triggers[target]
-    others = [label for label in clean.labels.unique().tolist() if label != target][:MOST_EXAMPLES]
+    """One image each of the trigger's source classes, and of the first other ones that have any."""
+    trigger = report.trigger_into(target)
+    assert trigger is not None
+    sources = report.evidence.get("sources", {}).get(str(target), [])
+    present = [label for label in clean.labels.unique().tolist() if label != target]
+    others = sorted(present, key=lambda label: label not in sources)[:MOST_EXAMPLES]
     rows = torch.tensor([int(clean.indices_of(label)[0]) for label in others], dtype=torch.int64)
     before = clean.images[rows]
     after = to_bytes(trigger(before.float() / 255))
@@ -191,13 +194,15 @@ def _marked(report: ScanReport) -> list[tuple[int, int]]:
 
 def _trigger(work: TriggerAtWork, sharing: int) -> dict[str, Any]:
     """A trigger's pictures, encoded within the page's budget."""
-    mask, pattern = (each.detach().float().cpu() for each in (work.trigger.mask, work.trigger.pattern))
+    trigger = work.trigger
+    pattern = trigger.pattern.detach().float().cpu()
     shape = tuple(pattern.shape)
     side = affordable_side(shape, 2 * sharing, _TRIGGER_BYTES)
-    laid = mask * (pattern - 0.5)
+    laid, where = pattern, {}
+    if isinstance(trigger, InvertedTrigger):
+        mask = trigger.mask.detach().float().cpu()
+        laid, where = mask * (pattern - 0.5), _where(mask, side)
     factor = amplification_for(laid)
-    strongest = float(mask.max()) if mask.numel() else 0.0
-    brighten = 1 if strongest >= 0.5 else max(1, math.floor(1 / max(strongest, 1e-3)))
     small = affordable_side(shape, 2 * MOST_EXAMPLES * sharing, _EXAMPLE_BYTES)
     examples = [
         {
@@ -211,11 +216,21 @@ def _trigger(work: TriggerAtWork, sharing: int) -> dict[str, Any]:
     ]
     return {
         "target": work.target,
-        "mask": data_uri(reduced(to_bytes(mask * brighten), side)),
-        "brighten": brighten,
+        "where": where,
+        "norm": float(laid.norm()),
         "pattern": data_uri(reduced(pattern_image(laid, factor), side)),
         "amplification": factor,
+        "examples": examples,
+    }
+
+
+def _where(mask: Tensor, side: int) -> dict[str, Any]:
+    """The picture of a mask, and its size."""
+    strongest = float(mask.max()) if mask.numel() else 0.0
+    brighten = 1 if strongest >= 0.5 else max(1, math.floor(1 / max(strongest, 1e-3)))
+    return {
+        "mask": data_uri(reduced(to_bytes(mask * brighten), side)),
+        "brighten": brighten,
         "pixels": float(mask.sum()),
         "share": float(mask.mean()),
-        "examples": examples,
     }

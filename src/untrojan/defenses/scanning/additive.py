@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Interval
+from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing.reverse_engineering import ReverseEngineering
-from untrojan.defenses.scanning.report import ScanReport, blind_to
+from untrojan.defenses.scanning.report import AddedPattern, ScanReport, blind_to
 from untrojan.inversion.additive import FlippingPattern
+from untrojan.inversion.engine import Inversion
 from untrojan.models.classifier import Classifier
 
 
@@ -56,7 +58,18 @@ class AdditiveTest:
             targets=() if blind else tuple(test.target for test in inferred.found),
             statistics={label: statistics.get(label, {}) for label in range(clean.num_classes)},
             triggers={},
+            patterns=_patterns(inversion, norms),
             failed=tuple(label for label in range(clean.num_classes) if label not in statistics),
             reason=blind or inferred.reason,
             evidence=inferred.evidence | {"sources": {str(k): list(v) for k, v in inferred.sources.items()}},
         )
+
+
+def _patterns(inversion: Inversion, norms: list[list[float]]) -> dict[int, AddedPattern]:
+    """By class, the smallest pattern that leads there."""
+    smallest: dict[int, tuple[float, Tensor]] = {}
+    for (source, target), pattern in zip(inversion.pairs.tolist(), inversion.parameters, strict=True):
+        norm = norms[source][target]
+        if norm == norm and norm < smallest.get(target, (float("inf"),))[0]:
+            smallest[target] = norm, pattern
+    return {target: AddedPattern(pattern) for target, (_, pattern) in smallest.items()}

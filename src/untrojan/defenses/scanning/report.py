@@ -29,6 +29,18 @@ class InvertedTrigger:
 
 
 @dataclass(frozen=True, eq=False)
+class AddedPattern:
+    """A pattern that a scanner has found: x' = clip(x + pattern)."""
+
+    pattern: Tensor
+    """float (C, H, W)."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] with the pattern."""
+        return (images + self.pattern.to(images.device)).clamp(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
 class ScanReport:
     """A scanner's answer: ``(model: Classifier, clean: ImageSet) -> ScanReport``."""
 
@@ -39,11 +51,17 @@ class ScanReport:
     """For each class what was measured, by name."""
     triggers: dict[int, InvertedTrigger]
     """By target class, those that work; found for clean classes too, where they are large."""
+    patterns: dict[int, AddedPattern] = field(default_factory=dict)
+    """By target class, where triggers are added and not laid over."""
     failed: tuple[int, ...] = ()
     """Classes for which no working trigger was found: of them nothing is known."""
     reason: str = ""
     """One sentence for a person: why this verdict."""
     evidence: dict[str, Any] = field(default_factory=dict)
+
+    def trigger_into(self, target: int) -> InvertedTrigger | AddedPattern | None:
+        """What was found for a class, of whichever kind."""
+        return self.triggers.get(target) or self.patterns.get(target)
 
 
 def blind_to(model: Classifier, clean: ImageSet) -> str:
