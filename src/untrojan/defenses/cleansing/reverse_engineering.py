@@ -61,6 +61,9 @@ too faint to take the true one away. Earlier it would have to unflip what was fl
 STILL_FLAGGED = 0.95
 """The share of the flagged images that the last estimate must flag again, or it is not taken: unable to
 unflip the carriers, it has grown into something else."""
+MORE_REPETITIONS, GROWTH = 5, 1.02
+"""Times that the last estimate is made once more with what it has flagged, while each flags a fiftieth more.
+Where a pattern is clipped away in many images, the first to be flagged are those that carry most of it."""
 FEWEST_FLAGGED = 8
 """Below that there is nothing to repeat the estimate with."""
 
@@ -196,14 +199,16 @@ class ReverseEngineering:
                 continue
             kept.append(test)
             refining = self.cleansing == "shift" and self.schedule == "fast"
-            for number in range(REPETITIONS + 1 if refining else 0):
+            for number in range(REPETITIONS + 1 + MORE_REPETITIONS if refining else 0):
                 if int(carriers.flagged.sum()) < FEWEST_FLAGGED:
                     break
                 chosen = train.labels != test.target
                 chosen[carriers.removal.rows] = carriers.flagged
-                last = number == REPETITIONS
+                last = number >= REPETITIONS
                 again = self._carriers(train.select(chosen), train, model, inversion, test, both_ways=last)
                 if last and not _flags_again(carriers, again):
+                    break
+                if number > REPETITIONS and again.flagged.sum() < GROWTH * carriers.flagged.sum():
                     break
                 carriers = again
             removal, threshold, rows = carriers.removal, carriers.threshold, carriers.removal.rows
