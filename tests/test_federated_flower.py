@@ -273,6 +273,16 @@ def running(command: list[str], log: Path, environment: dict[str, str]) -> Itera
             process.wait()
 
 
+def wait_for(port: int, seconds: float = 60.0) -> None:
+    """Until something listens there: a command that comes sooner is told that there is no link."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 def test_a_deployment_trains_the_same_model(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("flwr")
@@ -287,6 +297,7 @@ def test_a_deployment_trains_the_same_model(data: Path, tmp_path: Path) -> None:
         ["flower-superlink", "--insecure", "--disable-runtime-dependency-installation", "--port", str(link)],
         tmp_path / "link.log", environment,
     ):  # fmt: skip
+        wait_for(link)
         nodes = [
             running([*node, config, "--port", str(port)], tmp_path / f"node{port}.log", environment)
             for config, port in zip(configs, ports, strict=True)
