@@ -136,6 +136,7 @@ def test_auto_keeps_what_leaves_the_longest_way_and_says_so(
     assert "smallest trigger before: 2.0 pixels (poisoned)" in shown
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [each["smallest_mask"] for each in metrics["candidates"]] == [7.0, 6.0]
+    assert all(each["scanned"] for each in metrics["candidates"])
     assert metrics["within_tolerance"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "The backdoor that a scan found before is not found any more" in page

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 import known_features
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.cleansing import spectral_signatures
+from untrojan.defenses.cleansing import principal_directions
 from untrojan.defenses.cleansing.by_class import ClassCleanser
+from untrojan.defenses.cleansing.principal_directions import centred, leading_directions
 from untrojan.defenses.cleansing.spectral_signatures import (
     SpectralSignatures,
-    centred,
     highest,
-    leading_directions,
     log_contrast,
     spectral_scores,
 )
@@ -65,7 +64,7 @@ def assert_same_directions(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_directions_are_those_of_a_full_decomposition(
     small: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spectral_signatures, "SMALL", small)
+    monkeypatch.setattr(principal_directions, "SMALL", small)
     for make in (normal, clustered):
         values = centred(make(*shape))
         expected = torch.linalg.svd(values, full_matrices=False).Vh[:3]

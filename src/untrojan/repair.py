@@ -284,6 +284,7 @@ def metrics_of(done: Repaired) -> dict[str, Any]:
                 "method": each.name,
                 "error": each.error or None,
                 "benign_accuracy": None if each.error else each.benign_accuracy,
+                "scanned": each.scanned,
                 "smallest_mask": each.smallest_mask,
                 "cost": each.cost.to_json(),
             }

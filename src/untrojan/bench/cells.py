@@ -104,6 +104,11 @@ def _scan_options(entry: ScanEntry) -> dict[str, Any]:
     return options_of(SCANNERS.build(entry.method, entry.options))
 
 
+def _seeded(options: Mapping[str, Any], given: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A method's options, under the cell's seed unless the plan has ``given`` one."""
+    return dict(options) | ({"seed": seed} if "seed" in options and "seed" not in given else {})
+
+
 class _Expansion:
     """The stages of cells with the same data, net and seed."""
 
@@ -191,9 +196,7 @@ class _Expansion:
     ) -> dict[str, Stage]:  # fmt: skip
         """A scan of ``model`` and its score; of a model infected by its trainer, ``poisoned`` is the clean
         set."""
-        options = dict(self.resolved.scans[name])
-        if "seed" in options and "seed" not in asked.options:
-            options["seed"] = seed
+        options = _seeded(self.resolved.scans[name], asked.options, seed)
         config = {"scanner": asked.method, "options": options, "share": asked.share, "seed": seed}
         known = {"data": self.data, "poisoned": poisoned}
         label = f"{attack} {name}"
@@ -266,7 +269,7 @@ class _Expansion:
     ) -> dict[str, Stage]:
         pretrained = victim.inputs.get("pretrained")
         probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe", pretrained)
-        options = self._seeded(name, defense, seed)
+        options = _seeded(self.resolved.defenses[name], defense.options, seed)
         config: dict[str, Any] = {"cleanser": defense.cleanser, "options": options}
         if not defense.canaries:
             config["canaries"] = False
@@ -300,7 +303,7 @@ class _Expansion:
             "architecture": self.net.architecture,
             "recipe": self.resolved.recipes[self.net.victim],
             "defense": defense.training,
-            "options": self._seeded(name, defense, seed),
+            "options": _seeded(self.resolved.defenses[name], defense.options, seed),
         }
         label = f"{attack} {name}"
         trained = self._stage(
@@ -319,7 +322,7 @@ class _Expansion:
         config = {
             "architecture": self.net.architecture,
             "repair": defense.repair,
-            "options": self._seeded(name, defense, seed),
+            "options": _seeded(self.resolved.defenses[name], defense.options, seed),
             "share": defense.share,
             "seed": seed,
         }
@@ -331,13 +334,6 @@ class _Expansion:
             inputs = known | {"repaired": repaired}
             stages["effects"] = self._stage("assess", asked, inputs, f"{label} effects", profile=name)
         return stages
-
-    def _seeded(self, name: str, defense: DefenseEntry, seed: int) -> dict[str, Any]:
-        """The defence's options, under the cell's seed unless the plan gives one."""
-        options = dict(self.resolved.defenses[name])
-        if "seed" in options and "seed" not in defense.options:
-            options["seed"] = seed
-        return options
 
     def _stage(
         self, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Stage], label: str, profile: str = ""

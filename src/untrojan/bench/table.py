@@ -105,24 +105,20 @@ def outcomes_of(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[Outcome
 def _beside_regular(plan: Plan, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The outcomes, those of infected models compared with the regularly trained model of the same attack."""
 
-    def twin(cell: Cell) -> tuple[Any, ...] | None:
-        entry = plan.attacks[str(cell.axes["attack"])].sdrm
-        if entry is None:
-            return None
-        return str(entry.infection()), *(cell.axes[axis] for axis in ("data", "net", "seed"))
-
     regular: dict[tuple[Any, ...], Outcome] = {}
+    twins: list[tuple[Any, ...] | None] = []
     for outcome in outcomes:
         entry = plan.attacks[str(outcome.cell.axes["attack"])].sdrm
-        if entry is not None and entry.strength == 0 and (key := twin(outcome.cell)):
-            regular.setdefault(key, outcome)
-    compared = []
-    for outcome in outcomes:
-        key = twin(outcome.cell)
-        base = regular.get(key) if key else None
-        more = beside_regular(outcome.values, base.values) if base else {}
-        compared.append(replace(outcome, values={**outcome.values, **more}))
-    return compared
+        place = [outcome.cell.axes[axis] for axis in ("data", "net", "seed")]
+        twins.append(None if entry is None else (str(entry.infection()), *place))
+        if entry is not None and entry.strength == 0:
+            regular.setdefault((str(entry.infection()), *place), outcome)
+    return [
+        replace(outcome, values={**outcome.values, **beside_regular(outcome.values, regular[twin].values)})
+        if twin in regular
+        else outcome
+        for outcome, twin in zip(outcomes, twins, strict=True)
+    ]
 
 
 def _outcome(plan: Plan, cell: Cell, content: Mapping[str, Any], clean_accuracy: float | None) -> Outcome:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from untrojan.inversion.masked import target_loss
 
 
 @dataclass(frozen=True)
@@ -63,5 +64,4 @@ class FlippingPattern(AdditivePattern):
         return self.embed(parameters, sources)
 
     def loss(self, logits: Tensor, parameters: Tensor, pairs: Tensor) -> Tensor:
-        target = pairs[:, 1, None].expand(-1, logits.shape[1])
-        return F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
+        return target_loss(logits, pairs)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from untrojan.inversion.masked import MaskedPattern
+from untrojan.inversion.masked import target_loss
 from untrojan.seeding import generator
 
 
@@ -87,7 +87,7 @@ class FilterMatrix:
         return self.embed(parameters, sources)
 
     def loss(self, logits: Tensor, parameters: Tensor, pairs: Tensor) -> Tensor:
-        return MaskedPattern().loss(logits, parameters, pairs)
+        return target_loss(logits, pairs)
 
     def embed(self, parameters: Tensor, images: Tensor) -> Tensor:
         seen = neighbourhoods(images, self.window)

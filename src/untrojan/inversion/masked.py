@@ -16,6 +16,12 @@ from torch import Tensor
 from untrojan.seeding import generator
 
 
+def target_loss(logits: Tensor, pairs: Tensor) -> Tensor:
+    """(A,): the mean cross entropy of each pair's target class over its images; logits are (A, n, K)."""
+    wanted = pairs[:, 1, None].expand(-1, logits.shape[1])
+    return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(1)
+
+
 @dataclass(frozen=True)
 class MaskedPattern:
     """x' = (1 - m) x + m p: an :class:`~untrojan.inversion.engine.Problem`.
@@ -39,8 +45,7 @@ class MaskedPattern:
         return self.embed(parameters, sources)
 
     def loss(self, logits: Tensor, parameters: Tensor, pairs: Tensor) -> Tensor:
-        wanted = pairs[:, 1:].expand(-1, logits.shape[1])
-        return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(1)
+        return target_loss(logits, pairs)
 
     def embed(self, parameters: Tensor, images: Tensor) -> Tensor:
         mask, pattern = self.trigger(parameters)

@@ -174,7 +174,7 @@ class StimulatedFilter(_Stimulated):
     def loss(self, logits: Tensor, parameters: Tensor, pairs: Tensor) -> Tensor:
         own, every = self._activations(len(pairs), pairs)
         excitement = (own - FILTER_OTHERS * (every - own)) / logits.shape[1]
-        return self.filter.loss(logits, parameters, pairs[:, :2]) - FILTER_EXCITEMENT * excitement
+        return self.filter.loss(logits, parameters, pairs) - FILTER_EXCITEMENT * excitement
 
     def embed(self, parameters: Tensor, images: Tensor) -> Tensor:
         return self.filter.embed(parameters, images)

@@ -16,7 +16,7 @@ from torch import Tensor
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.cleansing.by_class import REMOVES_ALWAYS, ClassCleanser, ClassFinding
 from untrojan.defenses.cleansing.features import Features
-from untrojan.defenses.cleansing.spectral_signatures import centred, leading_directions
+from untrojan.defenses.cleansing.principal_directions import centred, leading_directions
 from untrojan.models.classifier import predictions_of
 from untrojan.threads import one_blas_thread
 from untrojan.training.loop import train_new

@@ -16,12 +16,8 @@ from torch import Tensor
 
 from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding
 from untrojan.defenses.cleansing.features import Features
-from untrojan.defenses.cleansing.spectral_signatures import (
-    centred,
-    highest,
-    leading_directions,
-    log_contrast,
-)
+from untrojan.defenses.cleansing.principal_directions import centred, leading_directions
+from untrojan.defenses.cleansing.spectral_signatures import highest, log_contrast
 
 FLOOR = 1e-2
 """Of the mean variance: directions of less are not stretched any further by whitening. Features that hardly
