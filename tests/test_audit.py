@@ -246,6 +246,7 @@ def test_the_threshold_lies_equally_many_deviations_from_either_kind(poisoned: i
     # (x - .5) / .2 = (7 - x) / 1, however many of the class are poisoned.
     assert threshold.at == pytest.approx((0.5 * 1.0 + 7.0 * 0.2) / 1.2, abs=0.15)
     assert threshold.spread == pytest.approx(0.2 / 1.2, abs=0.05)
+    assert threshold.separation == pytest.approx(6.5 / 1.2, rel=0.1)
 
 
 def test_the_threshold_of_kinds_without_spread_is_midway() -> None:

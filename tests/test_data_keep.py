@@ -260,19 +260,21 @@ def test_digits() -> None:
 
 
 def test_signs_by_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, ...]] = []
 
-    def make(num_classes: int, size: int) -> Splits:
-        asked.append((num_classes, size))
+    def make(num_classes: int, size: int, train_per_class: int = 400) -> Splits:
+        asked.append((num_classes, size, train_per_class))
         return Splits(made())
 
     monkeypatch.setattr("untrojan.data.signs.make_signs", make)
     load("signs")
     load("signs@7", size=16)
     load("signs@7", size=16)
-    assert asked == [(10, 32), (7, 16)]
-    with pytest.raises(UntrojanError, match="number of classes"):
-        load("signs@many")
+    load("signs@7x90")
+    assert asked == [(10, 32, 400), (7, 16, 400), (7, 32, 90)]
+    for wrong in ("signs@many", "signs@7x", "signs@x90", "signs@7x-1"):
+        with pytest.raises(UntrojanError, match="number of classes"):
+            load(wrong)
 
 
 def test_a_copy_in_the_cache_folder_is_used(cache: Path) -> None:

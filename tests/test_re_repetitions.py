@@ -32,7 +32,7 @@ def estimates(monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> list[tuple[
         removal = SimpleNamespace(
             rows=rows, drops=torch.zeros(len(rows)), readings=torch.full((len(rows),), TARGET)
         )
-        threshold = SimpleNamespace(at=0.0, spread=1.0)
+        threshold = SimpleNamespace(at=0.0, spread=1.0, separation=2.0)
         flagged = torch.arange(len(rows)) < count
         pattern = torch.full((1, 8, 8), float(len(made)))
         return SimpleNamespace(pattern=pattern, removal=removal, threshold=threshold, flagged=flagged)

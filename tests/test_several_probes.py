@@ -46,6 +46,24 @@ def test_the_clearest_answer_counts(reports: list[CleansingReport], place: int) 
         assert chosen.evidence["p_value"] == pytest.approx(min(1.0, 2 * 10**before))
 
 
+def found(log10_p: float, separation: float, target: int = 7) -> CleansingReport:
+    poisoned = report("poisoned", log10_p)
+    evidence = poisoned.evidence | {"separations": {target: separation}}
+    return replace(poisoned, targets=(target,), evidence=evidence)
+
+
+def test_of_probes_that_agree_the_one_cleanses_that_tells_carriers_apart() -> None:
+    """A clearer pattern through one net that moves clean images too, and a fainter one that does not."""
+    adversarial, true = found(-16.7, 1.3), found(-9.1, 3.5)
+    for reports, place in (([adversarial, true], 1), ([true, adversarial], 0)):
+        chosen, taken = clearest(reports)
+        assert taken == place
+        assert chosen.evidence["separations"] == {7: 3.5}
+        assert chosen.evidence["log10_p_value"] == pytest.approx(-16.7 + math.log10(2))
+    assert clearest([adversarial, found(-9.1, 3.5, target=2)])[1] == 0
+    assert clearest([found(-2.0, 1.0), replace(true, verdict="clean", targets=())])[1] == 0
+
+
 def test_one_probe_changes_nothing() -> None:
     only = report("poisoned", -1.5)
     assert clearest([only]) == (only, 0)

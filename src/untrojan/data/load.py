@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +38,8 @@ def load(
     ``source`` is a folder ``class/*.png|jpg|jpeg|ppm|pgm|webp|bmp`` or ``train/`` and ``test/`` of such; a
     tar (plain, gzip, xz, bzip2) or zip of one; ``.npz`` with ``x`` and ``y`` or Keras' ``x_train``...; IDX
     files; CIFAR's python batches; Hugging Face's parquet; or a known name (``untrojan data list``), where
-    ``signs@K`` is ``signs`` with K classes. A known name wins over a file of the same name: write
-    ``./signs`` for the file.
+    ``signs@K`` is ``signs`` with K classes, ``signs@KxN`` with N training images of each. A known name wins
+    over a file of the same name: write ``./signs`` for the file.
 
     Classes of folders are in natural order ("10" after "9"), ids are paths inside the source (``file#row``
     in batches and parquet, the row number in ``.npz`` and IDX). Control characters in names come back as
@@ -78,13 +79,16 @@ def _load_known(name: str, parameter: str, options: ReadOptions, cache: bool) ->
     if name == "signs":
         from untrojan.data import signs
 
-        if parameter and not (parameter.isdecimal() and len(parameter) < 5):
-            raise UntrojanError(f"signs@{printable(parameter)}: give the number of classes, as in signs@43")
-        classes, size = int(parameter or facts.classes), options.size or facts.image_size
-        made = {"classes": classes, "size": size}
-        return _cached(
-            Path(signs.__file__), options.limits, made, cache, lambda: signs.make_signs(classes, size=size)
-        )
+        asked = re.fullmatch(r"([0-9]{1,4})(?:x([0-9]{1,6}))?", parameter or str(facts.classes))
+        if not asked:
+            raise UntrojanError(
+                f"signs@{printable(parameter)}: give the number of classes, as in signs@43, or that and the "
+                "training images of each, as in signs@43x1000"
+            )
+        made = {"num_classes": int(asked[1]), "size": options.size or facts.image_size}
+        if asked[2]:
+            made["train_per_class"] = int(asked[2])
+        return _cached(Path(signs.__file__), options.limits, made, cache, lambda: signs.make_signs(**made))
     if name == "digits":
         from untrojan.data.sources.digits import read_digits
 

@@ -66,6 +66,8 @@ class Threshold:
     at: float
     spread: float
     """The harmonic sum of the two deviations: the scale on which one kind passes into the other."""
+    separation: float
+    """So many deviations the threshold lies from either kind: how well the two can be told apart."""
 
 
 def threshold_between(drops: Tensor, gains: Tensor) -> Threshold:
@@ -76,15 +78,16 @@ def threshold_between(drops: Tensor, gains: Tensor) -> Threshold:
     So nothing is assumed of how many images of the class are poisoned.
     """
     expected, expected_deviation = _centre(gains)
-    at, spread = expected / 2, 0.0
+    at, spread, separation = expected / 2, 0.0, 0.0
     for _ in range(50):
         centre, deviation = _centre(drops[drops < at])
         total = max(deviation + expected_deviation, 1e-12)
+        separation = (expected - centre) / total
         before, spread = at, deviation * expected_deviation / total
         at = centre + (expected - centre) * (deviation / total if spread else 0.5)
         if abs(at - before) < 1e-6:
             break
-    return Threshold(at, spread)
+    return Threshold(at, spread, separation)
 
 
 def _centre(values: Tensor) -> tuple[float, float]:

@@ -190,7 +190,7 @@ class ReverseEngineering:
         flagged, scores, readings = _none(train), torch.zeros(len(train)), train.labels.clone()
         kept: list[ClassTest] = []
         patterns: dict[int, Tensor] = {}
-        thresholds: dict[int, float] = {}
+        thresholds: dict[int, Threshold] = {}
         for test in found:
             carriers = self._carriers(train, train, model, inversion, test)
             if kept and float((carriers.removal.readings != test.target).float().mean()) > 0.5:
@@ -215,11 +215,12 @@ class ReverseEngineering:
             flagged[rows] = carriers.flagged
             scores[rows] = ((removal.drops - threshold.at) / max(threshold.spread, 1e-6)).sigmoid()
             readings[rows] = torch.where(carriers.flagged, removal.readings, test.target)
-            patterns[test.target], thresholds[test.target] = carriers.pattern, threshold.at
+            patterns[test.target], thresholds[test.target] = carriers.pattern, threshold
         evidence = {
             "patterns": patterns,
             "readings": readings,
-            "removal_thresholds": thresholds,
+            "removal_thresholds": {target: each.at for target, each in thresholds.items()},
+            "separations": {target: each.separation for target, each in thresholds.items()},
             "dismissed_targets": [test.target for test in found if test not in kept],
         }
         return _Cleansed(tuple(kept), flagged, scores, evidence)
