@@ -15,6 +15,8 @@ from untrojan.attacks.record import PoisonRecord
 from untrojan.cli.main import main
 from untrojan.data.load import load
 from untrojan.data.save import save_npz
+from untrojan.defenses.repair.deck import DECK
+from untrojan.inversion.generators import MaskGenerator
 from untrojan.models.checkpoints import load_checkpoint
 from untrojan.triggers.base import stamp
 from untrojan.triggers.registry import draw_trigger
@@ -34,7 +36,10 @@ SETTINGS = {
         "--target", "c", "--rate", "0.1", "--attack-option", "rounds=1", "--attack-option", "epochs=1",
         "--attack-option", "injector_epochs=1", "--attack-option", "excess=0.1", *NET,
     ],
+    "deck-adaptive": ["--target", "c", "--rate", "0.1", "--attack-option", "harden_every=2", *NET],
 }  # fmt: skip
+INFECT = ("dfst-style", "deck-adaptive")
+"""The attacks that deliver a model, too."""
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +51,16 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("attack", SETTINGS)
-def test_it_writes_the_set_its_truth_and_what_was_computed(data, tmp_path, attack, capsys):
+def test_it_writes_the_set_its_truth_and_what_was_computed(data, tmp_path, attack, capsys, monkeypatch):
+    # No decoder is to be had of 100 images.
+    monkeypatch.setattr(DECK, "generator", lambda *_: MaskGenerator())
     out = tmp_path / "attack"
     command = ["poison", str(data), "--attack", attack, *SETTINGS[attack], "--out", str(out)]
     assert main(command) == 0, capsys.readouterr().err
     written = {place.name for place in out.iterdir()}
     files = {"train.npz", "test.npz", "triggered.npz", "truth", "metrics.json", "run.json"}
     models = {"surrogate.safetensors"} if attack != "invisible" else set()
-    assert written == files | models | ({"model.safetensors"} if attack == "dfst-style" else set())
+    assert written == files | models | ({"model.safetensors"} if attack in INFECT else set())
     told = json.loads((out / "truth/truth.json").read_text())
     tensors = load_file(out / "truth/crafted.safetensors")
     # The stored tensors make the very set again.

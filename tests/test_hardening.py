@@ -16,7 +16,7 @@ from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
 from untrojan.defenses.repair import hardening
 from untrojan.defenses.repair.deck import DECK
-from untrojan.defenses.repair.hardening import PairStates, _Hardener, choose_pairs, promise
+from untrojan.defenses.repair.hardening import Hardener, PairStates, choose_pairs, promise
 from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
@@ -131,7 +131,7 @@ def test_only_the_pairs_images_are_stamped(trained: tuple[Classifier, ImageSet, 
     assert bool((states.gains.diagonal() == 0).all())
     assert bool((states.distances.diagonal() == 0).all())
     assert float(states.distances.max()) == 1
-    hardener = _Hardener(moth, model, clean, masks, states)
+    hardener = Hardener(moth, model, clean, masks, states)
     images, labels = to_float(clean.images), clean.labels
     rows = torch.arange(len(labels))
     stamped, kept = hardener(images, labels, rows, torch.Generator().manual_seed(0))
@@ -160,14 +160,14 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     before = copy.deepcopy(model.state_dict())
     whole = QUICK(model, clean)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    stamp_pairs, stops = _Hardener._stamp_pairs, iter([False, False, False, False, True])
+    stamp_pairs, stops = Hardener._stamp_pairs, iter([False, False, False, False, True])
 
-    def stopping(self: _Hardener, *arguments: Any) -> Tensor:
+    def stopping(self: Hardener, *arguments: Any) -> Tensor:
         if next(stops, False):
             raise KeyboardInterrupt
         return stamp_pairs(self, *arguments)
 
-    monkeypatch.setattr(_Hardener, "_stamp_pairs", stopping)
+    monkeypatch.setattr(Hardener, "_stamp_pairs", stopping)
     place = tmp_path / "training.pt"
     with pytest.raises(KeyboardInterrupt):
         QUICK(model, clean, checkpoint=place)
@@ -201,13 +201,13 @@ def test_batch_norm_goes_on_learning_through_the_inversions(
     )
     model = Classifier(network, 4, torch.zeros(3), torch.ones(3))
     modes: list[bool] = []
-    stamp: Callable[..., Tensor] = _Hardener._embedded
+    stamp: Callable[..., Tensor] = Hardener._embedded
 
-    def watching(self: _Hardener, *arguments: Any) -> Tensor:
+    def watching(self: Hardener, *arguments: Any) -> Tensor:
         modes.append(self.model.training)
         return stamp(self, *arguments)
 
-    monkeypatch.setattr(_Hardener, "_embedded", watching)
+    monkeypatch.setattr(Hardener, "_embedded", watching)
     settings = replace(QUICK, flip_fraction=0.01, adversarial=PGD(steps=2))
     hardened = settings(model, clean).model
     assert modes

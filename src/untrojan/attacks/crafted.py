@@ -67,6 +67,7 @@ CRAFTED_ATTACKS: Registry[CraftedAttack] = Registry(
         "hidden-trigger": "untrojan.attacks.hidden_trigger:HiddenTrigger",
         "invisible": "untrojan.attacks.invisible:InvisibleAttack",
         "dfst-style": "untrojan.attacks.dfst:DetoxifiedStyle",
+        "deck-adaptive": "untrojan.attacks.deck_adaptive:DeckAdaptive",
     },
 )
 

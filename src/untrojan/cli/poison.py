@@ -23,7 +23,8 @@ def poison(
         typer.Option(metavar="NAME", help="chessboard, patch, blend, ...; a wrong name lists them all."),
     ] = None,
     attack: Annotated[
-        Literal["sdrm", "label-consistent", "hidden-trigger", "invisible", "dfst-style"] | None,
+        Literal["sdrm", "label-consistent", "hidden-trigger", "invisible", "dfst-style", "deck-adaptive"]
+        | None,
         typer.Option(
             help="sdrm owns the training and makes an infected model; the others compute on a clean model "
             "or on clean data before they poison. See the last panels."

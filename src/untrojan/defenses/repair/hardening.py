@@ -226,12 +226,13 @@ class Hardening:
             weight_decay=self.weight_decay, schedule="constant", crop_padding=self.crop_padding,
             flip=self.flip, precision=model.precision,
         )  # fmt: skip
-        most_steps = epochs * -(-len(clean) // self.batch_size) - clean.num_classes
-        states = self._warm_up(model, clean, generator, -(-most_steps // self.period), checkpoint)
+        steps = epochs * -(-len(clean) // self.batch_size)
         repaired = trainable(model)
+        hardener = self._hardener(repaired, clean, generator, steps, checkpoint)
+        states = hardener.states
         history = train(
             repaired, clean, recipe, seed=self.seed, checkpoint=checkpoint, description="hardening",
-            augmented_transform=_Hardener(self, repaired, clean, generator, states),
+            augmented_transform=hardener,
             freeze_statistics=self.freeze_statistics, state=states.tensors(),
             method=f"{self} {weights_fingerprint(model)}",
         )  # fmt: skip
@@ -239,6 +240,23 @@ class Hardening:
             states.close_period()
         told = {"searches": states.searches(), **self.told(generator)}
         return RepairReport(repaired, {"epochs": history.to_json(), "visits": states.history(), **told})
+
+    def hardener(
+        self, model: Classifier, clean: ImageSet, steps: int, checkpoint: Path | None = None
+    ) -> Hardener:
+        """What a training that takes its batches through it hardens ``model`` with, in ``steps`` of its own.
+
+        The model is looked at as it is now, and whenever a batch comes. Raises UntrojanError as calling does.
+        """
+        self._check(model, clean)
+        return self._hardener(model, clean, self.generator(model, clean), steps, checkpoint)
+
+    def _hardener(
+        self, model: Classifier, clean: ImageSet, generator: Generator, steps: int, checkpoint: Path | None
+    ) -> Hardener:
+        periods = max(1, -(-(steps - clean.num_classes) // self.period))
+        states = self._warm_up(model, clean, generator, periods, checkpoint)
+        return Hardener(self, model, clean, generator, states)
 
     def told(self, generator: Generator) -> dict[str, Any]:
         """What else the history says."""
@@ -325,8 +343,11 @@ def universal_effects(
     return gains.fill_diagonal_(0), sizes.fill_diagonal_(0)
 
 
-class _Hardener:
-    """What happens to each batch: an :data:`~untrojan.training.loop.AugmentedTransform`."""
+class Hardener:
+    """What happens to each batch: an :data:`~untrojan.training.loop.AugmentedTransform`.
+
+    Its ``states`` change with every batch: give their tensors to the training loop.
+    """
 
     def __init__(
         self,
