@@ -47,12 +47,17 @@ method = "invisible"
 target = 2
 rate = 0.1
 options = { bits = 3, epochs = 2, secret_only = 1, filters = 4, images = 60 }
+[attacks.style]
+method = "dfst-style"
+target = "c"
+rate = 0.1
+options = { rounds = 0, epochs = 3 }
 [defenses.none]
 [defenses.clustering]
 cleanser = "activation-clustering"
 canaries = false
 [[grid]]
-attacks = ["label-consistent", "invisible"]
+attacks = ["label-consistent", "invisible", "style"]
 defenses = ["none"]
 [[grid]]
 attacks = ["hidden"]
@@ -66,16 +71,24 @@ def test_a_plan_runs_them_all(tmp_path):
     splits = coloured_splits(train=20, test=6)
     save_npz(data, splits.train, splits.test)
     summary = run_plan(plan, tmp_path / "out", data={"colours": str(data)})
-    assert (summary.done, summary.failed, summary.left) == (3, (), 0)
+    assert (summary.done, summary.failed, summary.left) == (4, (), 0)
     results = {
         name: json.loads((summary.results / f"colours__small__{name}__0.json").read_text())["result"]
-        for name in ("label-consistent__none", "hidden__clustering", "invisible__none")
+        for name in ("label-consistent__none", "hidden__clustering", "invisible__none", "style__none")
     }
     for result in results.values():
         assert 0 <= result["undefended"]["attack_success"] <= 1
         assert 0 <= result["clean_model"]["benign_accuracy"] <= 1
     hidden = results["hidden__clustering"]
     assert {"cleansing", "detection", "retrained"} <= set(hidden)
+
+
+def test_an_attackers_own_model_is_the_victim(tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN)
+    cells = {cell.axes["attack"]: cell for cell in expand(read_plan(plan))}
+    kinds = {name: cells[name].stages["undefended"].inputs["model"].kind for name in ("style", "invisible")}
+    assert kinds == {"style": "deliver", "invisible": "train"}
 
 
 def test_a_hidden_trigger_is_learned_by_transfer_alone(tmp_path):

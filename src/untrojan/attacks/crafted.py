@@ -41,6 +41,8 @@ class CraftedAttack(Protocol):
 
     surrogate: ClassVar[Surrogate]
     """Which model ``craft`` has to be given."""
+    delivers_model: ClassVar[bool]
+    """Whether the attacker makes an infected model, too; who gets it need not train on the set."""
 
     def clean(self, data: Splits) -> ImageSet:
         """What that model is trained on. Raises UntrojanError for classes that the data don't have."""

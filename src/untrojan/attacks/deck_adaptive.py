@@ -42,6 +42,7 @@ class DeckAdaptive:
     """Poison, optimise the pattern and harden at once. DECK's table V has rates of 0.2 and 0.5."""
 
     surrogate: ClassVar[Surrogate] = "all classes"
+    delivers_model: ClassVar[bool] = True
 
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] | Literal["all"] = "all"

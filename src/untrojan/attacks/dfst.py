@@ -47,6 +47,7 @@ class DetoxifiedStyle:
     """
 
     surrogate: ClassVar[Surrogate] = "all classes"
+    delivers_model: ClassVar[bool] = True
 
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] | Literal["all"] = "all"

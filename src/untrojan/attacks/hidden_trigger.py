@@ -54,6 +54,7 @@ class HiddenTrigger:
     """
 
     surrogate: ClassVar[Surrogate] = "other classes"
+    delivers_model: ClassVar[bool] = False
 
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] = (1,)

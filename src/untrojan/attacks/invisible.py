@@ -43,6 +43,7 @@ class InvisibleAttack:
     """
 
     surrogate: ClassVar[Surrogate] = "none"
+    delivers_model: ClassVar[bool] = False
 
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] | Literal["all"] = "all"

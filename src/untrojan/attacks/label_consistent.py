@@ -38,6 +38,7 @@ class LabelConsistent:
     """
 
     surrogate: ClassVar[Surrogate] = "all classes"
+    delivers_model: ClassVar[bool] = False
 
     target: Annotated[int, Ge(0)] = 0
     trigger: str = "patch"

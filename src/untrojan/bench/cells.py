@@ -77,6 +77,12 @@ def _surrogate(options: Mapping[str, Any]) -> Surrogate:
     return "all classes" if options["trigger"] in COMPUTED_TRIGGERS else "none"
 
 
+def _delivers_model(options: Mapping[str, Any] | None) -> bool:
+    from untrojan.attacks.crafted import CRAFTED_ATTACKS
+
+    return bool(options and "method" in options and CRAFTED_ATTACKS.get(options["method"]).delivers_model)
+
+
 def _pair(options: Mapping[str, Any] | None) -> list[Any] | None:
     """Source and target of an attack on the transfer to two classes, else None."""
     if options is None or _surrogate(options) != "other classes":
@@ -131,6 +137,8 @@ class _Expansion:
         poisoned = self._poisoned(attack_name, options, seed)
         pretrained = self._pretrained(poisoned, options)
         victim = self._trained(self.net.victim, poisoned, seed, f"{attack_name} victim", pretrained)
+        if _delivers_model(options):
+            victim = self._stage("deliver", victim.config, victim.inputs, f"{attack_name} model")
         undefended = self._evaluated(victim, poisoned, f"{attack_name} undefended")
         stages = {"data": self.data, "undefended": undefended}
         if options and (self.control or _surrogate(options) != "none"):

@@ -7,6 +7,7 @@ its fingerprint says that it came out the same.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -62,6 +63,12 @@ def poison(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 def train(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Train a classifier on the poisoned set."""
     return _train(config, place, _poisoned(place).train)
+
+
+def deliver(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """The infected model that the attacker made along with the poisoned set."""
+    shutil.copyfile(place.inputs["poisoned"] / MODEL, place.out / MODEL)
+    return {"unchanged": False}
 
 
 def retrain(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -375,6 +382,7 @@ STAGES: Mapping[str, StageFunction] = {
     "data": data,
     "poison": poison,
     "train": train,
+    "deliver": deliver,
     "evaluate": evaluate,
     "audit": audit,
     "score": score,
@@ -520,12 +528,16 @@ def _craft(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Compute what the attack poisons with, and store it: making the set again then takes no time."""
     from safetensors.torch import save_file
 
+    from untrojan.models.checkpoints import save_checkpoint
+
     splits = _known_data(place.inputs["data"], place.sources)
     attack = _attack_entry(config["attack"]).crafted(splits.train.class_index)
     model = _model(place.inputs["surrogate"]) if "surrogate" in place.inputs else None
     crafted = attack.craft(splits, config["seed"], model, place.scratch)
     tensors = {name: value.cpu().contiguous() for name, value in crafted.tensors.items()}
     save_file(tensors, place.out / CRAFTED)
+    if crafted.model is not None:
+        save_checkpoint(place.out / MODEL, crafted.model, splits.train.class_names)
     return dict(crafted.facts)
 
 

@@ -12,6 +12,7 @@ VERSIONS: Mapping[str, int] = {
     "data": 1,
     "poison": 1,
     "train": 1,
+    "deliver": 1,
     "evaluate": 1,
     "audit": 7,
     "score": 1,
