@@ -108,6 +108,23 @@ def test_several_targets_are_all_found_even_where_they_mask_each_other() -> None
     assert others == 0
 
 
+def test_two_classes_near_each_other_are_not_two_attacks() -> None:
+    nan = np.nan
+    # A net trained on five clean kinds of signs; the second and the fifth are blue and much alike.
+    values = np.array([
+        [nan, 1.0209, 0.9670, 1.2310, 1.0050],
+        [0.9728, nan, 1.1409, 1.1230, 1.4499],
+        [1.0168, 1.1088, nan, 1.0246, 1.0060],
+        [1.1006, 1.1700, 0.9537, nan, 1.0831],
+        [0.9984, 1.4071, 1.0977, 0.9639, nan],
+    ])  # fmt: skip
+    found, _, log_p = find_targets(values)
+    assert (found, log_p > math.log(0.05)) == ((), True)
+    # Nothing is left to say of them where no other pair has a value.
+    values[[0, 2, 3], 1] = np.nan
+    assert find_targets(values)[0] == ()
+
+
 def test_pairs_without_a_value_are_left_out() -> None:
     values = null_reciprocals(3)
     values[0, 1:5] = np.nan

@@ -271,7 +271,8 @@ def find_targets(
     second target that is none costs a clean class its images. Two strong attacks can also hide each other,
     each sitting in the null of the other: where nothing is found at first, the m largest classes (m = 2 ..
     ``most``) are left out together, and the smallest of them is tested as the m-th largest of K maxima, at
-    the same hundredth.
+    the same hundredth. Between each other they count for nothing then: two classes that look alike are near
+    each other both ways, without any attack.
     """
 
     def test(cleared: frozenset[int]) -> tuple[Detection, float]:
@@ -299,8 +300,13 @@ def _unmask(
     num_classes = len(reciprocals)
     order = np.argsort(-np.nan_to_num(reciprocals, nan=-np.inf).max(axis=0))
     for count in range(most, 1, -1):
-        group = frozenset(order[:count].tolist())
-        tests = [_test_class(reciprocals, c, location, weights, group - {c}) for c in order[:count].tolist()]
+        members = order[:count].tolist()
+        from_others = reciprocals.copy()
+        from_others[np.ix_(members, members)] = np.nan
+        if not np.isfinite(from_others[:, members]).any(axis=0).all():
+            continue
+        group = frozenset(members)
+        tests = [_test_class(from_others, c, location, weights, group - {c}) for c in members]
         weakest = max(test.log_p_value for test in tests)
         # P(at least `count` of K class maxima reach the smallest of the group).
         log_p = float(binom.logsf(count - 1, num_classes, math.exp(weakest)))
