@@ -48,7 +48,10 @@ def steps(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     for step in range(done, config["steps"]):
         trace(place, f"step {step}")
         (place.out / "half-written").write_text(str(step))
-        checkpoint.write_text(str(step + 1))
+        # Whole or not at all, as the project's checkpoints are.
+        written = place.scratch / "written"
+        written.write_text(str(step + 1))
+        written.replace(checkpoint)
         time.sleep(config["pause"] if step < config["fast_from"] else 0)
     return {"value": config["steps"], "resumed_at": done}
 
