@@ -48,6 +48,8 @@ MEASURES: Mapping[str, Measure] = {
     "exposure.f1": Measure("F1", "share"),
     "exposure.best_f1": Measure("best F1", "share"),
     "exposure.auc": Measure("AUC", "share"),
+    "exposure.power": Measure("triggered suspected", "share"),
+    "exposure.false_suspects": Measure("clean suspected", "share"),
     "exposure.detected": Measure("detected", "yes"),
     "exposure.false_alarm": Measure("false alarm", "yes"),
     "exposure.triggered": Measure("triggered images", "number"),

@@ -41,8 +41,8 @@ def audit(
         str,
         typer.Option(
             metavar="NAMES",
-            help="re, ac, ss, ci, sr, spectre, strip, scan, beatrix, with commas between; or all. The first "
-            "decides; the others' opinions stand beside it.",
+            help="re, ac, ss, ci, sr, spectre, strip, scan, beatrix, consistency, with commas between; or "
+            "all. The first decides; the others' opinions stand beside it.",
         ),
     ] = "re",
     level: Annotated[

@@ -28,7 +28,7 @@ FEWEST = 10
 
 @dataclass(frozen=True)
 class Exposure:
-    """One detector on one model. The first three look at the target class alone, as the paper does."""
+    """One detector on one model. The first five look at the target class alone, as the paper does."""
 
     f1: float | None
     """Of the detector's own suspects. As many triggered as clean images leave open which of two groups is the
@@ -37,6 +37,10 @@ class Exposure:
     """The most that any threshold of its scores gives: chosen by the truth, as the paper chooses it."""
     auc: float | None
     """The chance that a triggered image scores above a clean one."""
+    power: float | None
+    """The share of triggered images among the detector's own suspects."""
+    false_suspects: float | None
+    """The share of the target class's clean images among them."""
     detected: bool
     """Whether the detector, which knows of no target, names the target class alone."""
     false_alarm: bool
@@ -85,11 +89,14 @@ def exposure(
     seen = Features(model, attacked, trusted)
     findings = asked.examine_all(seen)
     report, found = asked.report(seen, findings), findings.get(target)
-    rates: tuple[float | None, float | None, float | None] = (None, None, None)
+    rates: tuple[float | None, float | None, float | None, float | None, float | None] = (None,) * 5
     if found is not None and min(len(carriers), len(rows[target])) >= FEWEST:
         truth = (torch.arange(len(attacked)) >= len(ordinary))[attacked.labels == target]
         even = len(carriers) == len(rows[target])
-        rates = (_f1(found.suspects, truth, even), *_by_score(found.scores, truth))
+        rates = (
+            _f1(found.suspects, truth, even), *_by_score(found.scores, truth),
+            float(found.suspects[truth].float().mean()), float(found.suspects[~truth].float().mean()),
+        )  # fmt: skip
     return Exposure(
         *rates, report.targets == (target,), bool(alarm.targets), len(rows[target]), len(carriers)
     )

@@ -31,6 +31,7 @@ CLEANSERS: Registry[Cleanser] = Registry(
         "strip": "untrojan.defenses.cleansing.strip:Strip",
         "scan": "untrojan.defenses.cleansing.scan:StatisticalContamination",
         "beatrix": "untrojan.defenses.cleansing.beatrix:Beatrix",
+        "consistency": "untrojan.defenses.cleansing.consistency:Consistency",
         "cluster-impurity": "untrojan.defenses.cleansing.cluster_impurity:ClusterImpurity",
         "subspace-reconstruction": (
             "untrojan.defenses.cleansing.subspace_reconstruction:SubspaceReconstruction"
