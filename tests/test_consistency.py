@@ -15,6 +15,7 @@ from untrojan.defenses.cleansing.consistency import (
     CERTAIN,
     VIEWS,
     Consistency,
+    limit_for_every_class,
     margins_in_views,
     strangeness,
 )
@@ -121,6 +122,19 @@ def test_finds_what_carries_the_corner(seed: int) -> None:
     assert bool(report.flagged[truth].all())
     assert float(report.flagged[~truth & (data.labels == TARGET)].float().mean()) < 0.1
     assert not bool(report.flagged[data.labels != TARGET].any())
+
+
+def test_the_limit_holds_for_every_class() -> None:
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(1000)
+    scores = torch.rand(4000, generator=random) * (1 + labels)
+    limit = limit_for_every_class(scores, labels, 0.95)
+    assert limit == pytest.approx(4 * 0.95, abs=0.05)
+    few = labels.clone()
+    few[3990:] = 4
+    assert limit_for_every_class(scores, few, 0.95) == pytest.approx(limit, abs=0.02)
+    alone = torch.arange(4000)
+    assert limit_for_every_class(scores, alone, 0.95) == pytest.approx(float(scores.quantile(0.95)))
 
 
 def test_trusted_images_set_the_limit() -> None:

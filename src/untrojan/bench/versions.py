@@ -18,7 +18,7 @@ VERSIONS: Mapping[str, int] = {
     "score": 1,
     "retrain": 1,
     "infect": 1,
-    "expose": 1,
+    "expose": 2,
     "defend": 1,
     "score_dropped": 1,
     "repair": 1,

@@ -29,6 +29,8 @@ from untrojan.progress import task
 
 CERTAIN = 12.0
 """ln odds beyond which a network is certain: how far beyond says nothing."""
+FEWEST_A_CLASS = 20
+"""Images of a class below which its quantiles are chance."""
 RIDGE = 1e-3
 """Of the mean variance, added to every direction of a covariance."""
 
@@ -116,6 +118,14 @@ def strangeness(margins: Tensor, clean: Tensor) -> Tensor:
     return distances.float()
 
 
+def limit_for_every_class(scores: Tensor, labels: Tensor, quantile: float) -> float:
+    """The largest of the classes' own quantiles of clean images' scores (m,) with labels (m,), for classes
+    differ in how well they bear views; that of all scores where no class has :data:`FEWEST_A_CLASS`."""
+    of_class = [scores[labels == label] for label in labels.unique()]
+    enough = [each for each in of_class if len(each) >= FEWEST_A_CLASS] or [scores]
+    return max(float(each.quantile(quantile)) for each in enough)
+
+
 @dataclass(frozen=True)
 class Consistency(ClassCleanser):
     """A class is poisoned where its strangest images are stranger than those of other classes; its suspects
@@ -132,7 +142,8 @@ class Consistency(ClassCleanser):
     """A class's clean images are expected around its own median, for which poison must be a minority, or
     around that of all classes, which are then taken to bear the views alike."""
     quantile: Annotated[float, Interval(gt=0.5, lt=1)] = 0.95
-    """Of clean images' strangeness: images that are stranger are suspects."""
+    """Of clean images' strangeness: images that are stranger than this quantile in each clean class are
+    suspects."""
     images_a_forward: Annotated[int, Ge(1)] = 512
     significance: Annotated[float, Interval(gt=0, lt=1)] = 0.05
     seed: int = 0
@@ -154,9 +165,13 @@ class Consistency(ClassCleanser):
         found = {}
         for label in range(data.num_classes):
             own = data.labels == label
-            judges = clean[known.labels != label] if trusted is None else clean
-            if int(own.sum()) >= self.fewest and len(judges) > 1:
-                found[label] = self._finding(apart[own], judges)
+            judging = (
+                torch.ones_like(known.labels, dtype=torch.bool)
+                if trusted is not None
+                else known.labels != label
+            )
+            if int(own.sum()) >= self.fewest and int(judging.sum()) > 1:
+                found[label] = self._finding(apart[own], clean[judging], known.labels[judging])
         return found
 
     def _margins(self, model: Classifier, images: ImageSet) -> Tensor:
@@ -173,9 +188,10 @@ class Consistency(ClassCleanser):
         alone = self.expected == "class"
         return torch.stack([each.median(0).values if alone and len(each) else centre for each in of_class])
 
-    def _finding(self, margins: Tensor, clean: Tensor) -> ClassFinding:
+    def _finding(self, margins: Tensor, clean: Tensor, clean_labels: Tensor) -> ClassFinding:
         scores = strangeness(margins, clean)
-        suspects = scores > strangeness(clean, clean).quantile(self.quantile)
+        limit = limit_for_every_class(strangeness(clean, clean), clean_labels, self.quantile)
+        suspects = scores > limit
         highest = scores.sort().values[-max(1, round(self.tail * len(scores))) :]
         # Strangenesses span orders of magnitude; those below a hundredth are nobody's.
         statistic = float(highest.clamp_min(1e-2).log().mean())
