@@ -165,11 +165,7 @@ class Consistency(ClassCleanser):
         found = {}
         for label in range(data.num_classes):
             own = data.labels == label
-            judging = (
-                torch.ones_like(known.labels, dtype=torch.bool)
-                if trusted is not None
-                else known.labels != label
-            )
+            judging = known.labels != (label if trusted is None else -1)
             if int(own.sum()) >= self.fewest and int(judging.sum()) > 1:
                 found[label] = self._finding(apart[own], clean[judging], known.labels[judging])
         return found
