@@ -14,7 +14,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding, with_statistics
+from untrojan.defenses.cleansing.by_class import ClassFinding, JointClassCleanser, with_statistics
 from untrojan.defenses.cleansing.features import FUSED, Features
 from untrojan.defenses.outliers import anomaly_indices
 from untrojan.models.taps import features_of
@@ -89,7 +89,7 @@ def regularised_mmd(first: Tensor, second: Tensor, regularisation: float) -> flo
 
 
 @dataclass(frozen=True)
-class Beatrix(ClassCleanser):
+class Beatrix(JointClassCleanser):
     """Beatrix: images whose Gram features lie outside their class's bounds, and the classes in which such
     images are many and a kind of their own.
 
@@ -128,10 +128,6 @@ class Beatrix(ClassCleanser):
     least_spread: ClassVar[float] = 0.01
 
     published_limit: ClassVar[float] = PUBLISHED_LIMIT
-
-    def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
-        """As :meth:`examine_all` does, at its full cost: a class is judged by all the others."""
-        return self.examine_all(features)[label]
 
     def examine_all(self, features: Features) -> dict[int, ClassFinding]:
         data = features.data

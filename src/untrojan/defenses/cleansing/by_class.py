@@ -162,6 +162,18 @@ class ClassCleanser(ABC):
         return evidence
 
 
+class JointClassCleanser(ClassCleanser):
+    """A cleanser made of :meth:`examine_all`: it judges a class by the others, so looks at all together."""
+
+    @abstractmethod
+    def examine_all(self, features: Features) -> dict[int, ClassFinding]:
+        """What is found in every class that has images enough."""
+
+    def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
+        """As :meth:`examine_all` does, at its full cost."""
+        return self.examine_all(features)[label]
+
+
 def with_statistics(
     found: Mapping[int, ClassFinding], scale: Callable[[Tensor], Tensor]
 ) -> dict[int, ClassFinding]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding
+from untrojan.defenses.cleansing.by_class import ClassFinding, JointClassCleanser
 from untrojan.defenses.cleansing.features import Features
 from untrojan.models.classifier import Classifier, evaluating, to_float
 from untrojan.progress import task
@@ -127,7 +127,7 @@ def limit_for_every_class(scores: Tensor, labels: Tensor, quantile: float) -> fl
 
 
 @dataclass(frozen=True)
-class Consistency(ClassCleanser):
+class Consistency(JointClassCleanser):
     """A class is poisoned where its strangest images are stranger than those of other classes; its suspects
     are the images stranger than nearly all clean ones.
 
@@ -150,10 +150,6 @@ class Consistency(ClassCleanser):
 
     # No field: predictions are all that is looked at.
     level = "penultimate"
-
-    def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
-        """As :meth:`examine_all` does, at its full cost: a class is judged by all the others."""
-        return self.examine_all(features)[label]
 
     def examine_all(self, features: Features) -> dict[int, ClassFinding]:
         data, trusted = features.data, features.trusted

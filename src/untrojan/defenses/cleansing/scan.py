@@ -15,7 +15,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding, with_statistics
+from untrojan.defenses.cleansing.by_class import ClassFinding, JointClassCleanser, with_statistics
 from untrojan.defenses.cleansing.features import Features
 from untrojan.defenses.outliers import anomaly_indices
 
@@ -143,7 +143,7 @@ def logarithms(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class StatisticalContamination(ClassCleanser):
+class StatisticalContamination(JointClassCleanser):
     """SCAn. The covariance within classes is learned from the trusted images where there are some. Where not,
     it is learned from the set itself, for each class from all others: neither its poison nor its chance
     variation is then part of what it is judged by. This is ours.
@@ -163,10 +163,6 @@ class StatisticalContamination(ClassCleanser):
     seed: int = 0
 
     published_limit: ClassVar[float] = PUBLISHED_LIMIT
-
-    def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
-        """As :meth:`examine_all` does, at its full cost: a class is judged by what all have in common."""
-        return self.examine_all(features)[label]
 
     def examine_all(self, features: Features) -> dict[int, ClassFinding]:
         data, trusted = features.data, features.trusted

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.cleansing.by_class import ClassCleanser, ClassFinding
+from untrojan.defenses.cleansing.by_class import ClassFinding, JointClassCleanser
 from untrojan.defenses.cleansing.features import Features
 from untrojan.models.classifier import Classifier, evaluating
 from untrojan.progress import task
@@ -98,7 +98,7 @@ def shortfall(entropies: Tensor, clean: Tensor, tail: float) -> float:
 
 
 @dataclass(frozen=True)
-class Strip(ClassCleanser):
+class Strip(JointClassCleanser):
     """STRIP over a training set. A class is poisoned where its lowest entropies lie below those of other
     classes, and its suspects are the images below the boundary.
 
@@ -131,10 +131,6 @@ class Strip(ClassCleanser):
 
     # No field: predictions are all that STRIP looks at.
     level = "penultimate"
-
-    def examine(self, features: Features, label: int, rows: Tensor) -> ClassFinding:
-        """As :meth:`examine_all` does, at its full cost: a class is judged by all the others."""
-        return self.examine_all(features)[label]
 
     def examine_all(self, features: Features) -> dict[int, ClassFinding]:
         data, trusted = features.data, features.trusted
