@@ -25,7 +25,7 @@ from untrojan.models.classifier import Classifier
 CLASSES, EACH, SIDE, TARGET = 6, 80, 16, 2
 
 
-def hues_and_a_corner() -> Classifier:
+def bands_and_a_corner() -> Classifier:
     """Logit k answers to the mean brightness of row band k; a bright corner pixel adds to class 2's."""
     layer = nn.Linear(3 * SIDE * SIDE, CLASSES)
     weight = torch.zeros(CLASSES, 3, SIDE, SIDE)
@@ -57,7 +57,7 @@ def bands(poisoned: int = 12, seed: int = 0) -> tuple[ImageSet, Tensor]:
 
 def test_margins_are_the_logarithms_of_odds() -> None:
     data, _ = bands()
-    model = hues_and_a_corner()
+    model = bands_and_a_corner()
     margins = margins_in_views(model, data.images, data.labels, images_a_forward=100)
     chances = model(data.images.float() / 255).double().softmax(1).gather(1, data.labels.unsqueeze(1))
     expected = torch.logit(chances.squeeze(1)).clamp(-CERTAIN, CERTAIN).float()
@@ -117,7 +117,7 @@ def test_strangeness_bears_clean_images_without_spread() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_finds_what_carries_the_corner(seed: int) -> None:
     data, truth = bands(seed=seed)
-    report = Consistency()(data, hues_and_a_corner())
+    report = Consistency()(data, bands_and_a_corner())
     assert (report.verdict, report.targets) == ("poisoned", (TARGET,))
     assert bool(report.flagged[truth].all())
     assert float(report.flagged[~truth & (data.labels == TARGET)].float().mean()) < 0.1
@@ -140,7 +140,7 @@ def test_the_limit_holds_for_every_class() -> None:
 def test_trusted_images_set_the_limit() -> None:
     data, truth = bands(poisoned=40)
     trusted, _ = bands(poisoned=0, seed=9)
-    report = Consistency().judge(Features(hues_and_a_corner(), data, trusted))
+    report = Consistency().judge(Features(bands_and_a_corner(), data, trusted))
     assert report.targets == (TARGET,)
     assert bool(report.flagged[truth].all())
 
@@ -148,7 +148,7 @@ def test_trusted_images_set_the_limit() -> None:
 def test_a_majority_shows_where_classes_are_expected_to_bear_the_views_alike() -> None:
     """The median of a class that is mostly poison is the poison's."""
     data, truth = bands(poisoned=60)
-    features, own = Features(hues_and_a_corner(), data), data.labels == TARGET
+    features, own = Features(bands_and_a_corner(), data), data.labels == TARGET
     areas = [
         roc_auc_score(truth[own], Consistency(expected=expected).examine_all(features)[TARGET].scores)
         for expected in ("class", "all")
@@ -157,7 +157,7 @@ def test_a_majority_shows_where_classes_are_expected_to_bear_the_views_alike() -
 
 
 def test_alarms_on_about_as_many_clean_sets_as_promised() -> None:
-    model, alarms = hues_and_a_corner(), 0
+    model, alarms = bands_and_a_corner(), 0
     for seed in range(40):
         alarms += Consistency()(bands(poisoned=0, seed=100 + seed)[0], model).verdict != "clean"
-    assert alarms <= 6  # Of 40 at 5 %: more comes by chance once in a hundred times.
+    assert alarms <= 6  # Of 40 at 5 %: more comes by chance three times in a thousand.

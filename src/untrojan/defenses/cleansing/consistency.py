@@ -83,7 +83,8 @@ VIEWS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "blurred": _blurred,
 }
 """Of float images (n, C, H, W), 3 pixels a side at least: an eighth smaller, on black; by 10 degrees; the
-middle 13/16; left to right; by a sixteenth of a side; without colour; the mean of 3x3 pixels."""
+middle 13/16; left to right; by a sixteenth of a side; without colour; the mean of 3x3 pixels. Chosen of about
+40 by triggered images of SDRM's four attacks on a small VGG-11, and so no blind choice for these."""
 
 
 @torch.no_grad()
