@@ -16,6 +16,7 @@ from untrojan.data.save import save_npz
 from untrojan.data.signs import make_signs
 from untrojan.errors import UntrojanError
 
+CLEAN = "[attacks]\nclean = { clean = true, seed_offset = 100 }"
 PLAN = """
 name = "infected"
 title = "Infected"
@@ -39,6 +40,10 @@ exposure = { clean = 20, ratio = 0.5 }
 [defenses.sr]
 cleanser = "subspace-reconstruction"
 exposure = { clean = 20, ratio = 1.0, trusted_share = 0.1 }
+[defenses.pruned]
+pruning = { step = 0.25, images = 20 }
+[[grid]]
+attacks = ["rbt", "sdrm-a"]
 [[tables]]
 name = "differences"
 title = "Differences"
@@ -61,7 +66,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_detectors_share_the_infected_model(tmp_path: Path) -> None:
     cells = {cell.name: cell for cell in expand(read_plan(written(tmp_path, PLAN)))}
-    assert len(cells) == 2 * 3
+    assert len(cells) == 2 * 4
     ac, sr, none = (cells[f"signs/small/sdrm-a/{name}/0"] for name in ("ac", "sr", "none"))
     assert ac.stages["undefended"].key == sr.stages["undefended"].key == none.stages["undefended"].key
     assert ac.stages["exposure"].key != sr.stages["exposure"].key
@@ -97,8 +102,10 @@ def test_what_is_wrong_with_such_a_plan(tmp_path: Path, old: str, new: str, said
 
 
 def test_other_attacks_are_kept_apart(tmp_path: Path) -> None:
-    plan = read_plan(written(tmp_path, PLAN.replace("[attacks]", "[attacks]\nclean = { clean = true }")))
-    with pytest.raises(UntrojanError, match=r"clean/ac: infected models \(sdrm\) and exposure go together"):
+    other = '[attacks]\nother = { trigger = "patch", rate = 0.1, target = 0 }'
+    text = PLAN.replace("[attacks]", other).replace('attacks = ["rbt", "sdrm-a"]', "")
+    plan = read_plan(written(tmp_path, text))
+    with pytest.raises(UntrojanError, match=r"other/ac: infected models \(sdrm\) go with exposure"):
         expand(plan)
 
 
@@ -110,7 +117,7 @@ def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
     files = {
         tuple(path.stem.split("__")[2:4]): json.loads(path.read_text()) for path in results.rglob("*.json")
     }
-    assert len(files) == 6
+    assert len(files) == 8
     undefended = files["sdrm-a", "none"]["result"]["undefended"]
     assert undefended == files["sdrm-a", "sr"]["result"]["undefended"]
     assert 0 <= undefended["attack_success"] <= 1
@@ -118,15 +125,39 @@ def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
     asked = files["sdrm-a", "sr"]["result"]["exposure"]
     assert 0 < asked["clean"] <= 20
     assert isinstance(asked["detected"], bool)
+    pruned = files["rbt", "pruned"]["result"]["pruning"]
+    shares = [look["pruned"] for look in pruned["curve"]]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert pruned["attack_success"] <= pruned["curve"][0]["trigger_success"]
+    assert pruned["benign_accuracy"] >= pruned["curve"][0]["benign_accuracy"] - 0.05
     text = render(plan, results, None)
     assert "sdrm-a" in text
     assert "MMD² s3" in text
 
 
+def test_a_clean_control_can_only_alarm(tmp_path: Path) -> None:
+    made = make_signs(num_classes=4, size=16, train_per_class=30, test_per_class=40, seed=0)
+    save_npz(tmp_path / "signs.npz", made.train, made.test)
+    text = PLAN.replace("[attacks]", CLEAN).replace('attacks = ["rbt", "sdrm-a"]', 'attacks = ["clean"]')
+    plan, results = written(tmp_path, text.replace('["ac", "sr"]', '["ac"]')), tmp_path / "results"
+    plan.write_text(plan.read_text().replace("[[grid]]", '[[grid]]\ndefenses = ["none", "ac", "sr"]'))
+    run_plan(plan, tmp_path / "store", results=results, data={"signs": str(tmp_path / "signs.npz")})
+    files = {path.stem.split("__")[3]: json.loads(path.read_text()) for path in results.rglob("*.json")}
+    assert files.keys() == {"none", "ac", "sr"}
+    for name in ("ac", "sr"):
+        assert files[name]["status"] == "done"
+        exposed = files[name]["result"]["exposure"]
+        assert exposed.keys() == {"false_alarm", "clean"}
+        assert isinstance(exposed["false_alarm"], bool)
+        assert 0 < files[name]["result"]["undefended"]["benign_accuracy"] <= 1
+
+
 def test_infected_models_stand_beside_their_regular_twin(tmp_path: Path) -> None:
     """Cuts are shares of the twin's MMD², costs are points below it; another trigger has another twin."""
     more = 'other = { sdrm = { trigger = "blended", strength = 0.3 } }\n[defenses.none]'
-    plan = read_plan(written(tmp_path, PLAN.replace("[defenses.none]", more)))
+    text = PLAN.replace("[defenses.none]", more).replace('attacks = ["rbt", "sdrm-a"]', "")
+    plan = read_plan(written(tmp_path, text))
     figures = {
         "rbt": {"attack_success": 1.0, "benign_accuracy": 0.9, "mmd_s1": 0.8, "mmd_s2": 0.0},
         "sdrm-a": {"attack_success": 0.95, "benign_accuracy": 0.91, "mmd_s1": 0.2, "mmd_s2": 0.1},

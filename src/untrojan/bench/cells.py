@@ -129,7 +129,9 @@ class _Expansion:
 
     def cell(self, attack_name: str, defense_name: str) -> Cell:
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
-        if attack.sdrm is not None or defense.exposure is not None:
+        if attack.clean and defense.exposure is not None:
+            return self._exposed_control(attack_name, defense_name)
+        if attack.sdrm is not None or defense.exposure is not None or defense.pruning is not None:
             return self._infected_cell(attack_name, defense_name)
         # Controls differ by their training; the attack's draw and the victim's training share one seed.
         seed = self.seed + attack.seed_offset
@@ -171,8 +173,8 @@ class _Expansion:
         asks_set = defense.training or defense.repair or (defense.cleanser and not defense.exposure)
         if attack.sdrm is None or options is None or asks_set:
             raise UntrojanError(
-                f"cell {attack_name}/{defense_name}: infected models (sdrm) and exposure go together, and "
-                "scans go with both: keep other attacks and defences apart by [[grid]]"
+                f"cell {attack_name}/{defense_name}: infected models (sdrm) go with exposure, pruning and "
+                "scans: keep other attacks and defences apart by [[grid]]"
             )
         recipe = self.resolved.recipes[self.net.victim]
         seed = self.seed + attack.seed_offset
@@ -182,14 +184,13 @@ class _Expansion:
         )
         stages = {"data": self.data, "undefended": infected}
         asked: dict[str, Any] | None = None
+        known = {"data": self.data, "infected": infected}
         if defense.exposure is not None:
-            chosen = dict(self.resolved.defenses[defense_name])
-            asked = {"cleanser": defense.cleanser, "options": chosen, "seed": seed}
-            asked |= defense.exposure.model_dump()
-            stages["exposure"] = self._stage(
-                "expose", asked, {"data": self.data, "infected": infected}, f"{attack_name} {defense_name}",
-                profile=defense_name,
-            )  # fmt: skip
+            stages["exposure"] = self._exposed(attack_name, defense_name, known, seed)
+            asked = dict(stages["exposure"].config)
+        if defense.pruning is not None:
+            asked = defense.pruning.model_dump()
+            stages["pruning"] = self._stage("prune", asked, known, f"{attack_name} {defense_name}")
         if defense.scan is not None:
             stages |= self._scanned(
                 attack_name, defense_name, defense.scan, self._clean(), infected, seed, infected
@@ -197,6 +198,25 @@ class _Expansion:
             asked = dict(stages["scan"].config)
         axes = self._axes(attack_name, defense_name)
         return Cell(axes, stages, {"data": dict(self.data.config), "attack": config, "defense": asked})
+
+    def _exposed_control(self, attack_name: str, defense_name: str) -> Cell:
+        """A model without a backdoor, and a detector that should find nothing."""
+        seed = self.seed + self.plan.attacks[attack_name].seed_offset
+        clean = self._clean()
+        victim = self._trained(self.net.victim, clean, seed, f"{attack_name} victim")
+        exposed = self._exposed(attack_name, defense_name, {"data": self.data, "model": victim}, seed)
+        undefended = self._evaluated(victim, clean, f"{attack_name} undefended")
+        stages = {"data": self.data, "undefended": undefended, "exposure": exposed}
+        config = {"data": dict(self.data.config), "attack": None, "defense": dict(exposed.config)}
+        return Cell(self._axes(attack_name, defense_name), stages, config)
+
+    def _exposed(self, attack: str, name: str, known: Mapping[str, Stage], seed: int) -> Stage:
+        defense = self.plan.defenses[name]
+        assert defense.exposure is not None
+        chosen = dict(self.resolved.defenses[name])
+        asked = {"cleanser": defense.cleanser, "options": chosen, "seed": seed}
+        asked |= defense.exposure.model_dump()
+        return self._stage("expose", asked, known, f"{attack} {name}", profile=name)
 
     def _scanned(
         self, attack: str, name: str, asked: ScanEntry, poisoned: Stage, model: Stage, seed: int,

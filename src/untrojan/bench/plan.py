@@ -206,6 +206,14 @@ class ExposureEntry(_Strict):
     """Of the clean training images, known to the defender."""
 
 
+class PruningEntry(_Strict):
+    """Prune an infected model by its own trigger; see :mod:`untrojan.metrics.pruning`."""
+
+    step: Annotated[float, Field(gt=0, le=1)] = 0.05
+    images: Count = 200
+    """Clean test images of each class that accuracy and attack success are measured on."""
+
+
 class ScanEntry(_Strict):
     """A scanner that is asked about the model one ends with, with clean images."""
 
@@ -218,7 +226,9 @@ class ScanEntry(_Strict):
 class DefenseEntry(_Strict):
     exposure: ExposureEntry | None = None
     """Ask the cleanser, as a detector of triggered images at the time of use, about models that ``sdrm``
-    attacks infected."""
+    attacks infected; about clean controls, whether it raises an alarm."""
+    pruning: PruningEntry | None = None
+    """Prune models that ``sdrm`` attacks infected by the trigger itself: no defence, but its limit."""
     cleanser: str | None = None
     """None leaves the set as it is."""
     training: str | None = None
@@ -252,6 +262,9 @@ class DefenseEntry(_Strict):
             raise ValueError("a repair stands alone: drop cleanser, exposure and training")
         if self.scan is not None and (self.cleanser or self.exposure):
             raise ValueError("a scan is of a model, and a cleanser's cell tells of a set: drop one of them")
+        others = (self.cleanser, self.exposure, self.training, self.repair, self.scan)
+        if self.pruning is not None and any(others):
+            raise ValueError("pruning by the trigger stands alone: drop what stands beside it")
         if self.repair is None and self.model_fields_set & {"share", "robustness", "distance"}:
             raise ValueError("share, robustness and distance are a repair's: name it, or drop them")
         return self

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from untrojan.attacks.poisoning import PoisonedData
     from untrojan.data.image_set import ImageSet, Splits
     from untrojan.defenses.scanning.report import ScanReport
+    from untrojan.metrics.exposure import Question, SortedTest
     from untrojan.models.classifier import Classifier
     from untrojan.triggers.base import Trigger
 
@@ -310,28 +311,82 @@ def infect(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 
 
 def expose(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """Ask a detector about an infected model. It gets test images, of which some carry the trigger."""
-    from untrojan.attacks.infect import Infection
+    """Ask a detector about an infected model: it gets test images, of which some carry the trigger. About a
+    clean model, where none does, the question is whether it raises an alarm."""
     from untrojan.defenses.cleansing.by_class import ClassCleanser
     from untrojan.defenses.cleansing.registry import CLEANSERS
-    from untrojan.metrics.exposure import exposure
-    from untrojan.registry import validated
 
-    splits = _known_data(place.inputs["data"], place.sources)
-    trained = _record(place.inputs["infected"])["config"]
-    infection = validated(Infection, trained["infection"], "sdrm")
-    made = infection.poisoning()(splits, trained["seed"])
     detector = CLEANSERS.build(config["cleanser"], config["options"])
     assert isinstance(detector, ClassCleanser)
-    trusted = None
-    if config["trusted_share"]:
-        most = int(splits.train.class_counts.max())
-        trusted = _thinned(splits.train, max(1, round(config["trusted_share"] * most)))
-    found = exposure(
-        _model(place.inputs["infected"]), made.test, made.triggered_test, infection.target, detector,
-        clean=config["clean"], ratio=config["ratio"], trusted=trusted, seed=config["seed"],
+    infected = "infected" in place.inputs
+    asked = (config["clean"], config["ratio"], config["trusted_share"], config["seed"])
+    model = place.inputs["infected" if infected else "model"]
+    question = _question(model, infected, place.inputs["data"], _sources(place), asked)
+    if infected:
+        return question.put_to(detector).to_json()
+    return {"false_alarm": question.alarms(detector), "clean": question.clean}
+
+
+@lru_cache(maxsize=4)
+def _question(
+    model: Path, infected: bool, data_folder: Path, sources: tuple[tuple[str, str], ...],
+    asked: tuple[Any, ...],
+) -> Question:  # fmt: skip
+    """What the detectors of a plan are asked about one model; kept, for they share its features."""
+    import torch
+
+    from untrojan.models.taps import SDRM_LEVELS, levels_of
+
+    clean, ratio, trusted_share, seed = asked
+    train, trusted = _known_data(data_folder, dict(sources)).train, None
+    if trusted_share:
+        trusted = _thinned(train, max(1, round(trusted_share * int(train.class_counts.max()))))
+    seen = _sorted_test(model, infected, data_folder, sources)
+    question = seen.question(clean, ratio, trusted, seed)
+    # One pass for the detectors of every level.
+    known = levels_of(seen.model, torch.zeros(1, *train.image_shape, device=seen.model.device))
+    for features in (question.ordinary, question.attacked):
+        features.extract(level for level in SDRM_LEVELS if level in known)
+    return question
+
+
+@lru_cache(maxsize=1)
+def _sorted_test(
+    model: Path, infected: bool, data_folder: Path, sources: tuple[tuple[str, str], ...]
+) -> SortedTest:
+    from untrojan.metrics.exposure import SortedTest
+
+    if not infected:
+        test = _known_data(data_folder, dict(sources)).test
+        assert test is not None
+        return SortedTest.of_clean(_model(model), test)
+    made, target = _infection(model, data_folder, sources)
+    return SortedTest.of(_model(model), made.test, made.triggered_test, target)
+
+
+def _infection(
+    infected: Path, data_folder: Path, sources: tuple[tuple[str, str], ...]
+) -> tuple[PoisonedData, int]:
+    """The attack that a trainer infected a model with, by data alone, made again, and its target."""
+    from untrojan.attacks.infect import Infection
+    from untrojan.registry import validated
+
+    trained = _record(infected)["config"]
+    infection = validated(Infection, trained["infection"], "sdrm")
+    return infection.poisoning()(_known_data(data_folder, dict(sources)), trained["seed"]), infection.target
+
+
+def prune(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Prune the neurons that an infected model's own trigger excites, and watch accuracy and attack success:
+    the most that neuron pruning could do, for no defender knows the trigger."""
+    from untrojan.metrics.pruning import pruning_curve, summary
+
+    made, target = _infection(place.inputs["infected"], place.inputs["data"], _sources(place))
+    curve = pruning_curve(
+        _model(place.inputs["infected"]), _thinned(made.test, config["images"]), made.record.trigger, target,
+        config["step"],
     )  # fmt: skip
-    return found.to_json()
+    return {"sections": {"pruning": summary(curve) | {"curve": curve}}}
 
 
 def scan(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -389,6 +444,7 @@ STAGES: Mapping[str, StageFunction] = {
     "retrain": retrain,
     "infect": infect,
     "expose": expose,
+    "prune": prune,
     "defend": defend,
     "score_dropped": score_dropped,
     "repair": repair,
@@ -482,7 +538,12 @@ def _known_data(folder: Path, sources: Mapping[str, str]) -> Splits:
 def _poisoned(place: Place) -> _Made:
     """The set that the poison stage made, made again."""
     folder = place.inputs["poisoned"]
-    return _remade(folder, place.inputs["data"], tuple(sorted(place.sources.items())))
+    return _remade(folder, place.inputs["data"], _sources(place))
+
+
+def _sources(place: Place) -> tuple[tuple[str, str], ...]:
+    """The data's paths, as caches take them."""
+    return tuple(sorted(place.sources.items()))
 
 
 @lru_cache(maxsize=2)

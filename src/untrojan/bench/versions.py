@@ -19,6 +19,7 @@ VERSIONS: Mapping[str, int] = {
     "retrain": 1,
     "infect": 1,
     "expose": 2,
+    "prune": 1,
     "defend": 1,
     "score_dropped": 1,
     "repair": 1,

@@ -53,6 +53,100 @@ class Exposure:
         return asdict(self)
 
 
+@dataclass(frozen=True, eq=False)
+class SortedTest:
+    """A model's test images, clean and triggered, with the classes it gives them: seen once for all that
+    detectors are asked about."""
+
+    model: Classifier
+    clean: ImageSet
+    predicted: Tensor
+    """int64 (N,): of the clean images."""
+    triggered: Tensor
+    """uint8 (M, C, H, W): the triggered images that the model takes for ``target``."""
+    target: int
+
+    @classmethod
+    def of_clean(cls, model: Classifier, clean_test: ImageSet) -> SortedTest:
+        """Of a model without a backdoor: nothing is triggered, and its target is any class."""
+        predicted = predictions_of(model, clean_test.images)
+        return cls(model, clean_test, predicted, clean_test.images[:0], 0)
+
+    @classmethod
+    def of(cls, model: Classifier, clean_test: ImageSet, triggered: TriggeredTest, target: int) -> SortedTest:
+        """Raises UntrojanError for an unknown target."""
+        if not 0 <= target < model.num_classes:
+            raise UntrojanError(f"no class {target}: the model has classes 0..{model.num_classes - 1}")
+        fooled = predictions_of(model, triggered.images) == target
+        predicted = predictions_of(model, clean_test.images)
+        return cls(model, clean_test, predicted, triggered.images[fooled], target)
+
+    def question(
+        self, clean: int = 500, ratio: float = 1.0, trusted: ImageSet | None = None, seed: int = 0
+    ) -> Question:
+        """``clean`` test images of every *predicted* class, and ``ratio`` times as many triggered ones;
+        fewer where there are fewer."""
+        labels = range(self.model.num_classes)
+        rows = [_drawn(self.predicted == label, clean, seed, label) for label in labels]
+        ordinary = replace(self.clean.select(torch.cat(rows)), labels=self.predicted[torch.cat(rows)])
+        all_triggered = torch.ones(len(self.triggered), dtype=torch.bool)
+        carriers = _drawn(all_triggered, round(ratio * len(rows[self.target])), seed, -1)
+        attacked = _joined(ordinary, self.triggered[carriers], self.target)
+        return Question(
+            Features(self.model, ordinary, trusted), Features(self.model, attacked, trusted), self.target,
+            clean=len(rows[self.target]), triggered=len(carriers),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Test images that detectors are asked about, with the features that those share."""
+
+    ordinary: Features
+    """Of clean images, labelled as predicted."""
+    attacked: Features
+    """Of the same images and, last and labelled ``target``, the triggered ones."""
+    target: int
+    clean: int
+    """Clean images of the target class."""
+    triggered: int
+
+    def put_to(self, detector: ClassCleanser) -> Exposure:
+        """The detector's answer, held against the truth.
+
+        A detector with a ``count`` is told how many carry the trigger, as the paper tells spectral
+        signatures. With less than :data:`FEWEST` images a side, rates are None. Raises UntrojanError as the
+        detector does.
+        """
+        asked = self._told(detector)
+        # First, for it refuses what the detector cannot do without.
+        alarm = asked.judge(self.ordinary)
+        findings = asked.examine_all(self.attacked)
+        report, found = asked.report(self.attacked, findings), findings.get(self.target)
+        rates: tuple[float | None, float | None, float | None, float | None, float | None] = (None,) * 5
+        if found is not None and min(self.triggered, self.clean) >= FEWEST:
+            of_target = self.attacked.data.labels == self.target
+            truth = (torch.arange(len(of_target)) >= len(self.ordinary.data))[of_target]
+            rates = (
+                _f1(found.suspects, truth, self.clean == self.triggered), *_by_score(found.scores, truth),
+                float(found.suspects[truth].float().mean()), float(found.suspects[~truth].float().mean()),
+            )  # fmt: skip
+        return Exposure(
+            *rates, report.targets == (self.target,), bool(alarm.targets), self.clean, self.triggered
+        )
+
+    def alarms(self, detector: ClassCleanser) -> bool:
+        """Whether the detector names a class where no image carries a trigger: all that can be asked about a
+        model without a backdoor. Raises UntrojanError as the detector does."""
+        return bool(self._told(detector).judge(self.ordinary).targets)
+
+    def _told(self, detector: ClassCleanser) -> ClassCleanser:
+        if not any(field.name == "count" for field in fields(cast("Any", detector))):
+            return detector
+        told: ClassCleanser = replace(cast("Any", detector), count=max(1, self.triggered))
+        return told
+
+
 def exposure(
     model: Classifier,
     clean_test: ImageSet,
@@ -65,41 +159,10 @@ def exposure(
     trusted: ImageSet | None = None,
     seed: int = 0,
 ) -> Exposure:
-    """Ask ``detector`` about ``clean`` test images of every *predicted* class, and ``ratio`` times as many
-    triggered ones that the model takes for ``target``; fewer where there are fewer.
-
-    A detector with a ``count`` is told how many carry the trigger, as the paper tells spectral signatures.
-    Where less than :data:`FEWEST` triggered images succeed, rates are None.
-    Raises UntrojanError for an unknown target, and as the detector does.
-    """
-    if not 0 <= target < model.num_classes:
-        raise UntrojanError(f"no class {target}: the model has classes 0..{model.num_classes - 1}")
-    predicted = predictions_of(model, clean_test.images)
-    rows = [_drawn(predicted == label, clean, seed, label) for label in range(model.num_classes)]
-    ordinary = clean_test.select(torch.cat(rows))
-    ordinary = replace(ordinary, labels=predicted[torch.cat(rows)])
-    fooled = predictions_of(model, triggered.images) == target
-    carriers = _drawn(fooled, round(ratio * len(rows[target])), seed, -1)
-    attacked = _joined(ordinary, triggered.images[carriers], target)
-    asked = detector
-    if any(field.name == "count" for field in fields(cast("Any", detector))):
-        asked = replace(cast("Any", detector), count=max(1, len(carriers)))
-    # First, for it refuses what the detector cannot do without.
-    alarm = asked.judge(Features(model, ordinary, trusted))
-    seen = Features(model, attacked, trusted)
-    findings = asked.examine_all(seen)
-    report, found = asked.report(seen, findings), findings.get(target)
-    rates: tuple[float | None, float | None, float | None, float | None, float | None] = (None,) * 5
-    if found is not None and min(len(carriers), len(rows[target])) >= FEWEST:
-        truth = (torch.arange(len(attacked)) >= len(ordinary))[attacked.labels == target]
-        even = len(carriers) == len(rows[target])
-        rates = (
-            _f1(found.suspects, truth, even), *_by_score(found.scores, truth),
-            float(found.suspects[truth].float().mean()), float(found.suspects[~truth].float().mean()),
-        )  # fmt: skip
-    return Exposure(
-        *rates, report.targets == (target,), bool(alarm.targets), len(rows[target]), len(carriers)
-    )
+    """Ask one ``detector`` one question: :meth:`SortedTest.of`, :meth:`SortedTest.question`,
+    :meth:`Question.put_to`."""
+    seen = SortedTest.of(model, clean_test, triggered, target)
+    return seen.question(clean, ratio, trusted, seed).put_to(detector)
 
 
 def _drawn(mask: Tensor, count: int, seed: int, label: int) -> Tensor:
