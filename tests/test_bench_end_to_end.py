@@ -183,6 +183,19 @@ def test_retraining_leaves_out_what_was_flagged(bench: Bench) -> None:
     assert stages._model_folder(kept.out).parts[-2:] == bench.inputs["square"]["train"].parts[-2:]
 
 
+def test_who_is_told_the_target_removes_nothing_elsewhere(bench: Bench) -> None:
+    """Flags in every class, as of methods that detect nothing: only the target's are taken."""
+    made = stages._poisoned(bench.place("square"))
+    assert made.attack is not None
+    of_target = int((made.train.labels == made.attack.record.target).sum())
+    place = bench.place("square", flags=list(range(240)))
+    told = bench.train_config | {"target_known": True}
+    assert stages.retrain(told, place)["images"] == 240 - of_target
+    # A clean set has no target.
+    clean = bench.place("clean", flags=[0, 1, 2])
+    assert stages.retrain(told, clean) == {"unchanged": True}
+
+
 def test_wrong_data_are_found_before_anything_runs(tmp_path: Path, signs: Path) -> None:
     plan, out = tmp_path / "plan.toml", tmp_path / "out"
     plan.write_text(PLAN.replace('target = "1"', 'target = "stop"'))

@@ -317,8 +317,10 @@ class _Expansion:
             inputs = known | {"audit": audit, "victim": victim}
             if pretrained is not None:
                 inputs["pretrained"] = pretrained
+            told = {"target_known": True} if defense.target_known else {}
             retrained = self._stage(
-                "retrain", victim.config, inputs, f"{attack} {name} retrained", profile=self.net.victim,
+                "retrain", {**victim.config, **told}, inputs, f"{attack} {name} retrained",
+                profile=self.net.victim,
             )  # fmt: skip
             stages["retrained"] = self._evaluated(retrained, poisoned, f"{attack} {name} after retraining")
         return stages

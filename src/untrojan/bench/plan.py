@@ -247,6 +247,9 @@ class DefenseEntry(_Strict):
     options: dict[str, Any] = {}
     """Of the cleanser, the training defence or the repair."""
     retrain: bool = True
+    target_known: bool = False
+    """Retrain as if the auditor had been told the target class: only what was flagged there is removed. RE's
+    comparison grants this to methods that remove a share of every class; verdicts and rates stay blind."""
     canaries: bool = True
     """Whether a ``clean`` is doubted until a twin of the probe has shown that it learns faint patterns: one
     more training. Published comparisons take every verdict at its word."""
@@ -265,6 +268,8 @@ class DefenseEntry(_Strict):
         others = (self.cleanser, self.exposure, self.training, self.repair, self.scan)
         if self.pruning is not None and any(others):
             raise ValueError("pruning by the trigger stands alone: drop what stands beside it")
+        if self.target_known and not (self.cleanser and self.retrain):
+            raise ValueError("target_known is about retraining after a cleanser: name one, or drop it")
         if self.repair is None and self.model_fields_set & {"share", "robustness", "distance"}:
             raise ValueError("share, robustness and distance are a repair's: name it, or drop them")
         return self

@@ -75,10 +75,15 @@ def deliver(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 def retrain(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Train as the victim was trained, on what the defence has left. Where that is everything: the victim."""
     flagged = _flags(place.inputs["audit"])
+    made = _poisoned(place)
+    if config.get("target_known"):
+        # Of a clean set nothing is the target: whoever knows that, removes nothing.
+        target = made.attack.record.target if made.attack else None
+        flagged &= made.train.labels == (-1 if target is None else target)
     if not bool(flagged.any()):
         (place.out / "same-as").write_text(str(_model_folder(place.inputs["victim"])))
         return {"unchanged": True}
-    return _train(config, place, _poisoned(place).train.select(~flagged))
+    return _train(config, place, made.train.select(~flagged))
 
 
 def evaluate(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
