@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -96,6 +97,39 @@ def test_classes_without_spread_or_without_images() -> None:
     assert report.evidence["classes_left_out"] == [1]
     assert report.evidence["class_statistics"]["0"] == 0.0
     assert report.targets == (2,)
+    assert report.evidence["classes_unjudged"] == {
+        "0": "the features of all its images are equal",
+        "1": "it has 1 of the 4 images that are needed",
+    }
+
+
+def test_what_cannot_be_judged_is_not_clean() -> None:
+    """No class stands out, but one has too few images, or no spread: nobody may read that as "clean"."""
+    data, _ = noise_with_a_shifted_group()
+    ordinary = data.labels != 2
+    whole = ActivationClustering()(data.select(ordinary), pixels_as_features())
+    assert whole.verdict == "clean"
+    rare = ordinary & ((data.labels != 1) | (data.labels.eq(1).cumsum(0) <= 3))
+    few = ActivationClustering()(data.select(rare), pixels_as_features())
+    assert few.verdict == "undecided"
+    assert f"{data.class_names[1]!r} could not be: it has 3 of the 4 images" in few.reason
+    images = data.images.clone()
+    images[data.labels == 0] = 7
+    flat = ActivationClustering()(replace(data, images=images).select(ordinary), pixels_as_features())
+    assert flat.verdict == "undecided"
+    assert "the features of all its images are equal" in flat.reason
+
+
+def test_components_that_are_not_found_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("untrojan.defenses.cleansing.activation_clustering.ICA_STEPS", 1)
+    data, _ = noise_with_a_shifted_group()
+    ordinary = data.select(data.labels != 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = ActivationClustering(reduction="ica")(ordinary, pixels_as_features())
+    assert report.verdict == "undecided"
+    assert "its independent components were not found in 1 steps" in report.reason
+    assert ActivationClustering(reduction="pca")(ordinary, pixels_as_features()).verdict == "clean"
 
 
 def test_fused_levels_weigh_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +164,7 @@ def test_one_pass_serves_all_levels() -> None:
 
 def test_reduction_keeps_the_leading_components() -> None:
     values = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) * torch.arange(8, 0, -1)
-    points = reduced(values, 3)
+    points, _ = reduced(values, 3)
     centred = values.double() - values.double().mean(0)
     expected = torch.linalg.svdvals(centred)[:3]
     np.testing.assert_allclose(np.linalg.norm(points, axis=0), expected.numpy(), rtol=1e-6)

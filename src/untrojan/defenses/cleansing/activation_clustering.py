@@ -5,6 +5,7 @@ Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation C
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,9 @@ which a class is poisoned. The paper's clean classes had silhouettes below .11; 
 of the method's implementations."""
 
 
+ICA_STEPS = 1000
+
+
 @dataclass(frozen=True, eq=False)
 class Clusters:
     """One class's activations in two."""
@@ -45,6 +49,8 @@ class Clusters:
     """float (n,): by how much nearer an activation is to the smaller cluster's centre than to the other."""
     silhouette: float
     """Mean silhouette, -1..1: how well the two are apart."""
+    converged: bool = True
+    """Whether independent components were found where they were asked for."""
 
 
 def two_clusters(
@@ -53,7 +59,7 @@ def two_clusters(
     """Reduce activations (n, D) to ``components`` dimensions and split them by k-means (section 3.2)."""
     from sklearn.cluster import KMeans
 
-    points = reduced(activations, components, reduction, seed)
+    points, converged = reduced(activations, components, reduction, seed)
     if len(np.unique(points, axis=0)) < 2:
         nothing = torch.zeros(len(points))
         return Clusters(nothing.bool(), nothing, 0.0)
@@ -65,6 +71,7 @@ def two_clusters(
         torch.from_numpy(means.labels_ == small),
         torch.from_numpy(distances[:, 1 - small] - distances[:, small]).float(),
         mean_silhouette(torch.from_numpy(points), torch.from_numpy(means.labels_ == small)),
+        converged,
     )
 
 
@@ -98,19 +105,25 @@ def mean_silhouette(points: Tensor, member: Tensor, block: int = 512) -> float:
 
 def reduced(
     activations: Tensor, components: int, reduction: Literal["pca", "ica"] = "pca", seed: int = 0
-) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
-    """(n, D) to at most (n, components): principal components, or the independent ones within these."""
+) -> tuple[np.ndarray[Any, np.dtype[np.floating[Any]]], bool]:
+    """(n, D) to at most (n, components): principal components, or the independent ones within these; and
+    whether the search for these, a thousand steps at most, came to an end."""
     from sklearn.decomposition import FastICA
+    from sklearn.exceptions import ConvergenceWarning
 
     values = centred(activations)
     points = (values @ leading_directions(values, components).T).numpy()
     if not points.shape[1]:
-        return np.zeros((len(points), 1))
+        return np.zeros((len(points), 1)), True
     if reduction == "pca" or points.shape[1] < 2:
-        return points
+        return points, True
     # FastICA would whiten to the leading principal components itself, by a full decomposition.
-    ica = FastICA(whiten="unit-variance", max_iter=1000, tol=0.005, random_state=seed)
-    return np.asarray(ica.fit_transform(points))
+    ica = FastICA(whiten="unit-variance", max_iter=ICA_STEPS, tol=0.005, random_state=seed)
+    with warnings.catch_warnings():
+        # Said by ``converged``, class by class.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = np.asarray(ica.fit_transform(points))
+    return found, ica.n_iter_ < ICA_STEPS
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,7 @@ class ActivationClustering(ClassCleanser):
             found.smaller,
             found.leaning / found.leaning.abs().mean().clamp_min(1e-12),
             {"silhouette": found.silhouette, "relative_size": share},
+            "" if found.converged else f"its independent components were not found in {ICA_STEPS} steps",
         )
 
     def examine_all(self, features: Features) -> dict[int, ClassFinding]:
@@ -154,7 +168,11 @@ class ActivationClustering(ClassCleanser):
         ratios = self._reclassified(features, found)
         return {
             label: ClassFinding(
-                -ratios[label], each.suspects, each.scores, {**each.details, "ratio": ratios[label]}
+                -ratios[label],
+                each.suspects,
+                each.scores,
+                {**each.details, "ratio": ratios[label]},
+                each.unjudged,
             )
             for label, each in found.items()
         }

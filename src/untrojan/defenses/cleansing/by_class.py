@@ -38,6 +38,8 @@ class ClassFinding:
     """float (n,): the higher, the more suspicious within the class."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further figures for the evidence, as JSON types."""
+    unjudged: str = ""
+    """Why no weight can be put on the statistic; empty where it can."""
 
 
 REMOVES_ALWAYS = -math.inf
@@ -57,6 +59,8 @@ class ClassCleanser(ABC):
     published_limit: ClassVar[float] = REMOVES_ALWAYS
     fewest: ClassVar[int] = 4
     """Smaller classes are left out, and named in the evidence."""
+    looks_at_features: ClassVar[bool] = True
+    """Whether a class of images with equal features at ``level`` leaves nothing to judge by."""
     least_spread: ClassVar[float] = 0.0
     """The least standard deviation of clean classes' statistics, however alike those at hand are."""
 
@@ -99,14 +103,15 @@ class ClassCleanser(ABC):
             rows = train.indices_of(label)
             scores[rows] = finding.scores.float()
             flagged[rows] = finding.suspects & (label in targets)
+        unjudged = self._unjudged(features, found)
         return CleansingReport(
-            verdict=self._verdict(targets, statistics),
+            verdict=self._verdict(targets, statistics, unjudged),
             flagged=flagged,
             scores=scores,
             targets=tuple(targets),
             sources=tuple(() for _ in targets),
-            reason=self._reason(train, targets, statistics, log_p_values),
-            evidence=self._evidence(train, found, log_p_values),
+            reason=self._reason(train, targets, statistics, log_p_values, unjudged),
+            evidence=self._evidence(train, found, log_p_values, unjudged),
         )
 
     def examine_all(self, features: Features) -> dict[int, ClassFinding]:
@@ -115,11 +120,34 @@ class ClassCleanser(ABC):
         rows = {label: data.indices_of(label) for label in range(data.num_classes)}
         return {c: self.examine(features, c, r) for c, r in rows.items() if len(r) >= self.fewest}
 
-    def _verdict(self, targets: list[int], statistics: Mapping[int, float]) -> Verdict:
+    def _unjudged(self, features: Features, found: Mapping[int, ClassFinding]) -> dict[int, str]:
+        """Classes with images that this method can say nothing of, and why."""
+        unjudged: dict[int, str] = {}
+        for label, count in enumerate(features.data.class_counts.tolist()):
+            if not count:
+                continue
+            if label not in found:
+                unjudged[label] = self._too_few(features, label, count)
+            elif found[label].unjudged:
+                unjudged[label] = found[label].unjudged
+            elif self.looks_at_features and self.limit != REMOVES_ALWAYS:
+                values = features.at(self.level, features.data.indices_of(label))
+                if bool((values == values[:1]).all()):
+                    unjudged[label] = "the features of all its images are equal"
+        return unjudged
+
+    def _too_few(self, features: Features, label: int, count: int) -> str:
+        if count < self.fewest:
+            return f"it has {count} of the {self.fewest} images that are needed"
+        return "there are too few other or trusted images to hold it against"
+
+    def _verdict(
+        self, targets: list[int], statistics: Mapping[int, float], unjudged: Mapping[int, str]
+    ) -> Verdict:
         if targets:
             return "poisoned"
         too_few = len(statistics) < (3 if self.limit is None else 1)
-        return "undecided" if too_few else "clean"
+        return "undecided" if too_few or unjudged else "clean"
 
     def _reason(
         self,
@@ -127,6 +155,7 @@ class ClassCleanser(ABC):
         targets: list[int],
         statistics: Mapping[int, float],
         log_p_values: Mapping[int, float],
+        unjudged: Mapping[int, str],
     ) -> str:
         if not statistics:
             return f"no class has {self.fewest} images to look at"
@@ -141,16 +170,28 @@ class ClassCleanser(ABC):
         name = train.class_names[worst]
         if targets:
             return f"class {name!r} holds two kinds of images ({measure})"
+        if unjudged:
+            label, why = next(iter(unjudged.items()))
+            more = f", and {len(unjudged) - 1} more" if len(unjudged) > 1 else ""
+            return (
+                f"no class that could be judged stands out, but {train.class_names[label]!r} could not be: "
+                f"{why}{more}"
+            )
         return f"no class stands out; the nearest to it is {name!r} ({measure})"
 
     def _evidence(
-        self, train: ImageSet, found: Mapping[int, ClassFinding], log_p_values: Mapping[int, float]
+        self,
+        train: ImageSet,
+        found: Mapping[int, ClassFinding],
+        log_p_values: Mapping[int, float],
+        unjudged: Mapping[int, str],
     ) -> dict[str, Any]:
         evidence: dict[str, Any] = {
             "class_statistics": {str(label): finding.statistic for label, finding in found.items()},
             "class_suspects": {str(label): int(f.suspects.sum()) for label, f in found.items()},
             "class_details": {str(label): dict(f.details) for label, f in found.items() if f.details},
             "classes_left_out": [label for label in range(train.num_classes) if label not in found],
+            "classes_unjudged": {str(label): why for label, why in unjudged.items()},
         }
         if log_p_values:
             smallest = log_smallest_of(min(log_p_values.values()), len(log_p_values))

@@ -151,6 +151,7 @@ class Consistency(JointClassCleanser):
 
     # No field: predictions are all that is looked at.
     level = "penultimate"
+    looks_at_features = False
 
     def examine_all(self, features: Features) -> dict[int, ClassFinding]:
         data, trusted = features.data, features.trusted

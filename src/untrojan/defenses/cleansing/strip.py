@@ -131,6 +131,7 @@ class Strip(JointClassCleanser):
 
     # No field: predictions are all that STRIP looks at.
     level = "penultimate"
+    looks_at_features = False
 
     def examine_all(self, features: Features) -> dict[int, ClassFinding]:
         data, trusted = features.data, features.trusted
