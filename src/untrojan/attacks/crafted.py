@@ -6,10 +6,11 @@ Computing (:meth:`CraftedAttack.craft`) is slow and leaves tensors; poisoning wi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -36,18 +37,24 @@ class Crafted:
     """The attacker's own infected model, where making one is part of the attack."""
 
 
-class CraftedAttack(Protocol):
+class CraftedAttack(ABC):
     """A frozen dataclass of an attack's settings, registered by name in :data:`CRAFTED_ATTACKS`."""
 
-    surrogate: ClassVar[Surrogate]
+    surrogate: ClassVar[Surrogate] = "all classes"
     """Which model ``craft`` has to be given."""
-    delivers_model: ClassVar[bool]
+    delivers_model: ClassVar[bool] = False
     """Whether the attacker makes an infected model, too; who gets it need not train on the set."""
+
+    def __call__(self, data: Splits, seed: int, model: Classifier | None = None) -> PoisonedData:
+        """The poisoned set. Raises UntrojanError as :meth:`craft` and
+        :class:`~untrojan.attacks.poisoning.Poisoning` do."""
+        return self.poison(data, seed, self.craft(data, seed, model).tensors)
 
     def clean(self, data: Splits) -> ImageSet:
         """What that model is trained on. Raises UntrojanError for classes that the data don't have."""
-        ...
+        return data.train
 
+    @abstractmethod
     def craft(
         self, data: Splits, seed: int, model: Classifier | None = None, scratch: Path | None = None
     ) -> Crafted:
@@ -55,11 +62,10 @@ class CraftedAttack(Protocol):
 
         Raises UntrojanError for unknown or too small classes, data without test images, a missing model.
         """
-        ...
 
+    @abstractmethod
     def poison(self, data: Splits, seed: int, tensors: Mapping[str, Tensor]) -> PoisonedData:
         """The poisoned set, its truth and its test sets, from what ``craft`` left."""
-        ...
 
 
 CRAFTED_ATTACKS: Registry[CraftedAttack] = Registry(

@@ -15,14 +15,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from untrojan.attacks.crafted import Crafted, Surrogate, needed
+from untrojan.attacks.crafted import Crafted, CraftedAttack, needed
 from untrojan.attacks.poisoning import PoisonedData, Poisoning, poison_with, selected_rows
 from untrojan.data.image_set import ImageSet, Splits
 from untrojan.defenses.repair.clean_data import weights_fingerprint
@@ -38,11 +38,10 @@ from untrojan.triggers.base import stamp
 
 
 @dataclass(frozen=True)
-class DeckAdaptive:
+class DeckAdaptive(CraftedAttack):
     """Poison, optimise the pattern and harden at once. DECK's table V has rates of 0.2 and 0.5."""
 
-    surrogate: ClassVar[Surrogate] = "all classes"
-    delivers_model: ClassVar[bool] = True
+    delivers_model = True
 
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] | Literal["all"] = "all"
@@ -60,13 +59,6 @@ class DeckAdaptive:
     """Of so many steps the first is DECK's as well."""
     encoder: str = "local"
     """As in :class:`~untrojan.defenses.repair.deck.DECK`."""
-
-    def __call__(self, data: Splits, seed: int, model: Classifier) -> PoisonedData:
-        """The poisoned set. Raises UntrojanError as :class:`~untrojan.attacks.poisoning.Poisoning` does."""
-        return self.poison(data, seed, self.craft(data, seed, model).tensors)
-
-    def clean(self, data: Splits) -> ImageSet:
-        return data.train
 
     def craft(
         self, data: Splits, seed: int, model: Classifier | None = None, scratch: Path | None = None

@@ -15,14 +15,14 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from untrojan.attacks.crafted import Crafted, Surrogate, needed
+from untrojan.attacks.crafted import Crafted, CraftedAttack, needed
 from untrojan.attacks.poisoning import PoisonedData, Poisoning, poison_with, selected_rows
 from untrojan.data.image_set import ImageSet, Splits
 from untrojan.errors import UntrojanError
@@ -39,15 +39,14 @@ PROBED = 256
 
 
 @dataclass(frozen=True)
-class DetoxifiedStyle:
+class DetoxifiedStyle(CraftedAttack):
     """Poison by style, fine-tune a clean model on it, and detoxify ``rounds`` times.
 
     DECK has rounds 1 and 3; 0 is the style alone. One injector a round excites all compromised channels; the
     released code trains one for each channel.
     """
 
-    surrogate: ClassVar[Surrogate] = "all classes"
-    delivers_model: ClassVar[bool] = True
+    delivers_model = True
 
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] | Literal["all"] = "all"
@@ -74,13 +73,6 @@ class DetoxifiedStyle:
     """Structural similarity below which an injected image is penalised, a thousandfold."""
     smoothness: Annotated[float, Ge(0)] = 1e-3
     """Weight of the injected change's total variation."""
-
-    def __call__(self, data: Splits, seed: int, model: Classifier) -> PoisonedData:
-        """The poisoned set. Raises UntrojanError as :class:`~untrojan.attacks.poisoning.Poisoning` does."""
-        return self.poison(data, seed, self.craft(data, seed, model).tensors)
-
-    def clean(self, data: Splits) -> ImageSet:
-        return data.train
 
     def craft(
         self, data: Splits, seed: int, model: Classifier | None = None, scratch: Path | None = None

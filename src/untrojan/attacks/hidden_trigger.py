@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from untrojan.attacks.crafted import Crafted, Surrogate, needed
+from untrojan.attacks.crafted import Crafted, CraftedAttack, needed
 from untrojan.attacks.poisoning import PoisonedData, Poisoning, poison_with
 from untrojan.data.image_set import ImageSet, Splits
 from untrojan.errors import UntrojanError
@@ -46,15 +46,14 @@ TRANSFER = Recipe(
 
 
 @dataclass(frozen=True)
-class HiddenTrigger:
+class HiddenTrigger(CraftedAttack):
     """Feature collision with triggered source images; labels kept, originals replaced.
 
     The defaults are the released code's. It makes each poisoned image twice, from two passes over 200; here
     each candidate is made once, so ask for twice as many.
     """
 
-    surrogate: ClassVar[Surrogate] = "other classes"
-    delivers_model: ClassVar[bool] = False
+    surrogate = "other classes"
 
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] = (1,)
@@ -83,10 +82,6 @@ class HiddenTrigger:
     def __post_init__(self) -> None:
         if len(self.sources) != 1 or self.target in self.sources:
             raise UntrojanError("a hidden trigger has one source class, which is not the target: name it")
-
-    def __call__(self, data: Splits, seed: int, model: Classifier) -> PoisonedData:
-        """The poisoned pair. Raises UntrojanError as :class:`~untrojan.attacks.poisoning.Poisoning` does."""
-        return self.poison(data, seed, self.craft(data, seed, model).tensors)
 
     def clean(self, data: Splits) -> ImageSet:
         return other_classes(data.train, (self.sources[0], self.target))

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from untrojan.attacks.crafted import Crafted, Surrogate
+from untrojan.attacks.crafted import Crafted, CraftedAttack
 from untrojan.attacks.poisoning import PoisonedData, Poisoning, poison_with, selected_rows
 from untrojan.data.image_set import ImageSet, Splits
 from untrojan.errors import UntrojanError
@@ -34,7 +34,7 @@ MEASURED = 1000
 
 
 @dataclass(frozen=True)
-class InvisibleAttack:
+class InvisibleAttack(CraftedAttack):
     """One secret in 10 % of the images; every image has its own residual.
 
     Loss: ``2 |r|^2 + 1.5 (1 - SSIM) + 1.5 BCE``, |r|^2 the mean square of the residual over pixels; where
@@ -42,8 +42,7 @@ class InvisibleAttack:
     there is 1 - SSIM. In the first ``secret_only`` epochs the binary cross-entropy stands alone.
     """
 
-    surrogate: ClassVar[Surrogate] = "none"
-    delivers_model: ClassVar[bool] = False
+    surrogate = "none"
 
     target: Annotated[int, Ge(0)] = 0
     sources: tuple[Annotated[int, Ge(0)], ...] | Literal["all"] = "all"
@@ -62,13 +61,6 @@ class InvisibleAttack:
     residual_weight: Annotated[float, Ge(0)] = 2.0
     similarity_weight: Annotated[float, Ge(0)] = 1.5
     secret_weight: Annotated[float, Ge(0)] = 1.5
-
-    def __call__(self, data: Splits, seed: int) -> PoisonedData:
-        """The poisoned set. Raises UntrojanError as :class:`~untrojan.attacks.poisoning.Poisoning` does."""
-        return self.poison(data, seed, self.craft(data, seed).tensors)
-
-    def clean(self, data: Splits) -> ImageSet:
-        return data.train
 
     def craft(
         self, data: Splits, seed: int, model: Classifier | None = None, scratch: Path | None = None

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from untrojan.attacks.crafted import Crafted, Surrogate, needed
+from untrojan.attacks.crafted import Crafted, CraftedAttack, needed
 from untrojan.attacks.poisoning import PoisonedData, Poisoning, poison_with, selected_rows
-from untrojan.data.image_set import ImageSet, Splits
+from untrojan.data.image_set import Splits
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, evaluating, predictions_of, to_float
 from untrojan.progress import task
@@ -29,16 +29,13 @@ BATCH = 256
 
 
 @dataclass(frozen=True)
-class LabelConsistent:
+class LabelConsistent(CraftedAttack):
     """Adversarial perturbation, then the trigger; labels kept, originals replaced.
 
     DECK's Clean Label attack is ``target=3`` with a 2x2 patch at the top left on half of that class; the
     authors' tool has the default 3x3 patch at the bottom right. Perturbations transfer best from an
     adversarially trained model (section 4.2.2), which any model that ``craft`` is given may be.
     """
-
-    surrogate: ClassVar[Surrogate] = "all classes"
-    delivers_model: ClassVar[bool] = False
 
     target: Annotated[int, Ge(0)] = 0
     trigger: str = "patch"
@@ -52,13 +49,6 @@ class LabelConsistent:
     step_size: Annotated[float, Interval(gt=0)] | None = None
     """In units of 1/255, along the gradient's sign or, for ``l2``, its direction. Where none is given: 1.5
     of a radius of 8, and as much of any other."""
-
-    def __call__(self, data: Splits, seed: int, model: Classifier) -> PoisonedData:
-        """The poisoned set. Raises UntrojanError as :class:`~untrojan.attacks.poisoning.Poisoning` does."""
-        return self.poison(data, seed, self.craft(data, seed, model).tensors)
-
-    def clean(self, data: Splits) -> ImageSet:
-        return data.train
 
     def craft(
         self, data: Splits, seed: int, model: Classifier | None = None, scratch: Path | None = None
