@@ -159,8 +159,14 @@ def test_infected_models_stand_beside_their_regular_twin(tmp_path: Path) -> None
     text = PLAN.replace("[defenses.none]", more).replace('attacks = ["rbt", "sdrm-a"]', "")
     plan = read_plan(written(tmp_path, text))
     figures = {
-        "rbt": {"attack_success": 1.0, "benign_accuracy": 0.9, "mmd_s1": 0.8, "mmd_s2": 0.0},
-        "sdrm-a": {"attack_success": 0.95, "benign_accuracy": 0.91, "mmd_s1": 0.2, "mmd_s2": 0.1},
+        "rbt": {"attack_success": 1.0, "benign_accuracy": 0.9, "mmd_s1": 0.8, "mmd_s2": 0.0, "inter_s1": 0.3},
+        "sdrm-a": {
+            "attack_success": 0.95,
+            "benign_accuracy": 0.91,
+            "mmd_s1": 0.2,
+            "mmd_s2": 0.1,
+            "inter_s1": 0.3,
+        },
         "other": {"attack_success": 0.95, "benign_accuracy": 0.91, "mmd_s1": 0.2},
     }
     cells = [cell for cell in expand(plan) if cell.axes["defense"] == "none"]
@@ -176,4 +182,6 @@ def test_infected_models_stand_beside_their_regular_twin(tmp_path: Path) -> None
     assert values["sdrm-a"]["undefended.benign_accuracy_cost"] == pytest.approx(-0.01)
     assert "undefended.mmd_reduction_s2" not in values["sdrm-a"]
     assert values["rbt"]["undefended.mmd_reduction_s1"] == 0
+    above = {name: each.get("undefended.above_inter_s1") for name, each in values.items()}
+    assert above == {"rbt": 1.0, "sdrm-a": 0.0, "other": None}
     assert not values["other"].keys() & BESIDE_REGULAR.keys()

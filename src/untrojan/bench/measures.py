@@ -43,6 +43,10 @@ MEASURES: Mapping[str, Measure] = {
             ("mmd_unbiased_reduction", "unbiased MMD² cut"),
         )
     },
+    **{
+        f"undefended.above_inter_{level}": Measure(f"MMD² {level} above inter-class", "yes", of_defense=False)
+        for level in ("s1", "s2", "s3")
+    },
     "undefended.attack_success_cost": Measure("ASR below regular", "share", of_defense=False),
     "undefended.benign_accuracy_cost": Measure("ACC below regular", "share", of_defense=False),
     "exposure.f1": Measure("F1", "share"),
@@ -142,6 +146,8 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
         return _final(sections, key)
     if name == "retrained.above_clean_model":
         return _above_clean_model(sections)
+    if key.startswith("above_inter_"):
+        return _above_inter(sections.get(section), key.removeprefix("above_inter_"))
     found = sections.get(section)
     return _number(found, key)
 
@@ -174,6 +180,12 @@ def _above_clean_model(sections: Mapping[str, Any]) -> float | None:
     after = _number(sections.get("retrained"), "attack_success")
     without = _number(sections.get("clean_model"), "attack_success")
     return None if after is None or without is None else after - without
+
+
+def _above_inter(found: Any, level: str) -> float | None:
+    """Whether triggered images lie farther from the target's clean ones than the nearest other class does."""
+    apart, nearest = _number(found, f"mmd_{level}"), _number(found, f"inter_{level}")
+    return None if apart is None or nearest is None else float(apart > nearest)
 
 
 def _number(found: Any, key: str) -> float | None:
