@@ -40,6 +40,9 @@ exposure = { clean = 20, ratio = 0.5 }
 [defenses.sr]
 cleanser = "subspace-reconstruction"
 exposure = { clean = 20, ratio = 1.0, trusted_share = 0.1 }
+[defenses.consistency]
+cleanser = "consistency"
+exposure = { clean = 20, ratio = 0.5, trusted_share = 0.5, trusted_as = "predicted" }
 [defenses.pruned]
 pruning = { step = 0.25, images = 20 }
 [[grid]]
@@ -66,7 +69,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_detectors_share_the_infected_model(tmp_path: Path) -> None:
     cells = {cell.name: cell for cell in expand(read_plan(written(tmp_path, PLAN)))}
-    assert len(cells) == 2 * 4
+    assert len(cells) == 2 * 5
     ac, sr, none = (cells[f"signs/small/sdrm-a/{name}/0"] for name in ("ac", "sr", "none"))
     assert ac.stages["undefended"].key == sr.stages["undefended"].key == none.stages["undefended"].key
     assert ac.stages["exposure"].key != sr.stages["exposure"].key
@@ -75,6 +78,7 @@ def test_detectors_share_the_infected_model(tmp_path: Path) -> None:
     assert other.stages["undefended"].key != ac.stages["undefended"].key
     assert ac.stages["undefended"].config["method"]["strength"] == 0.3
     assert ac.stages["exposure"].config["options"]["level"] == "s2"
+    assert "trusted_as" not in sr.stages["exposure"].config
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
     files = {
         tuple(path.stem.split("__")[2:4]): json.loads(path.read_text()) for path in results.rglob("*.json")
     }
-    assert len(files) == 8
+    assert len(files) == 10
     undefended = files["sdrm-a", "none"]["result"]["undefended"]
     assert undefended == files["sdrm-a", "sr"]["result"]["undefended"]
     assert 0 <= undefended["attack_success"] <= 1

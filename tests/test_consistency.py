@@ -145,6 +145,22 @@ def test_trusted_images_set_the_limit() -> None:
     assert bool(report.flagged[truth].all())
 
 
+def test_each_class_has_its_own_trusted_limit() -> None:
+    """Clean images of every class exceed it about as often as the quantile says, which they do not where one
+    limit has to hold in all other classes."""
+    method = Consistency(quantile=0.8)
+    own, others = torch.zeros(CLASSES), torch.zeros(CLASSES)
+    rounds = 6
+    for seed in range(rounds):
+        trusted, _ = bands(poisoned=0, seed=100 + seed)
+        data, _ = bands(poisoned=0, seed=200 + seed)
+        for shares, known in ((own, trusted), (others, None)):
+            found = method.examine_all(Features(bands_and_a_corner(), data, known))
+            shares += torch.tensor([found[label].details["share"] for label in range(CLASSES)]) / rounds
+    assert (own - 0.2).abs().max() < 0.1
+    assert float(own.std()) < float(others.std()) / 2
+
+
 def test_a_majority_shows_where_classes_are_expected_to_bear_the_views_alike() -> None:
     """The median of a class that is mostly poison is the poison's."""
     data, truth = bands(poisoned=60)

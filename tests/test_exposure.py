@@ -11,7 +11,7 @@ from untrojan.data.image_set import ImageSet, numbered
 from untrojan.defenses.cleansing.activation_clustering import ActivationClustering
 from untrojan.defenses.cleansing.spectral_signatures import SpectralSignatures
 from untrojan.errors import UntrojanError
-from untrojan.metrics.exposure import exposure
+from untrojan.metrics.exposure import as_predicted, exposure
 from untrojan.models.classifier import Classifier
 
 CLASSES, EACH, PIXELS, TARGET = 6, 60, 48, 2
@@ -91,3 +91,11 @@ def test_an_attack_that_fails_has_no_rates() -> None:
     assert found.triggered == 0
     with pytest.raises(UntrojanError, match="no class 9"):
         exposure(model, test, triggered, 9, ActivationClustering())
+
+
+def test_trusted_images_can_count_as_what_the_model_takes_them_for() -> None:
+    model, test, _ = case(shift=0)
+    wrong = ImageSet(test.images, (test.labels + 1) % CLASSES, test.class_names, test.ids)
+    told = as_predicted(model, wrong)
+    assert float((told.labels == test.labels).double().mean()) > 0.95
+    assert torch.equal(wrong.labels, (test.labels + 1) % CLASSES)

@@ -215,7 +215,9 @@ class _Expansion:
         assert defense.exposure is not None
         chosen = dict(self.resolved.defenses[name])
         asked = {"cleanser": defense.cleanser, "options": chosen, "seed": seed}
-        asked |= defense.exposure.model_dump()
+        asked |= defense.exposure.model_dump(exclude={"trusted_as"})
+        if defense.exposure.trusted_as == "predicted":
+            asked["trusted_as"] = "predicted"
         return self._stage("expose", asked, known, f"{attack} {name}", profile=name)
 
     def _scanned(

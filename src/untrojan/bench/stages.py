@@ -324,7 +324,8 @@ def expose(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     detector = CLEANSERS.build(config["cleanser"], config["options"])
     assert isinstance(detector, ClassCleanser)
     infected = "infected" in place.inputs
-    asked = (config["clean"], config["ratio"], config["trusted_share"], config["seed"])
+    relabel = config.get("trusted_as") == "predicted"
+    asked = (config["clean"], config["ratio"], config["trusted_share"], config["seed"], relabel)
     model = place.inputs["infected" if infected else "model"]
     question = _question(model, infected, place.inputs["data"], _sources(place), asked)
     if infected:
@@ -340,13 +341,16 @@ def _question(
     """What the detectors of a plan are asked about one model; kept, for they share its features."""
     import torch
 
+    from untrojan.metrics.exposure import as_predicted
     from untrojan.models.taps import SDRM_LEVELS, levels_of
 
-    clean, ratio, trusted_share, seed = asked
+    clean, ratio, trusted_share, seed, relabel = asked
     train, trusted = _known_data(data_folder, dict(sources)).train, None
     if trusted_share:
         trusted = _thinned(train, max(1, round(trusted_share * int(train.class_counts.max()))))
     seen = _sorted_test(model, infected, data_folder, sources)
+    if trusted is not None and relabel:
+        trusted = as_predicted(seen.model, trusted)
     question = seen.question(clean, ratio, trusted, seed)
     # One pass for the detectors of every level.
     known = levels_of(seen.model, torch.zeros(1, *train.image_shape, device=seen.model.device))

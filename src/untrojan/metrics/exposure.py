@@ -165,6 +165,12 @@ def exposure(
     return seen.question(clean, ratio, trusted, seed).put_to(detector)
 
 
+def as_predicted(model: Classifier, images: ImageSet) -> ImageSet:
+    """The images labelled with what ``model`` takes them for: clean ones among which its honest mistakes are
+    nothing strange, as they are not at the time of use."""
+    return replace(images, labels=predictions_of(model, images.images))
+
+
 def _drawn(mask: Tensor, count: int, seed: int, label: int) -> Tensor:
     rows = mask.nonzero().flatten()
     return rows[torch.randperm(len(rows), generator=generator(seed, "exposure", label))[:count]]

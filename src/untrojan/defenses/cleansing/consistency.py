@@ -143,8 +143,8 @@ class Consistency(JointClassCleanser):
     """A class's clean images are expected around its own median, for which poison must be a minority, or
     around that of all classes, which are then taken to bear the views alike."""
     quantile: Annotated[float, Interval(gt=0.5, lt=1)] = 0.95
-    """Of clean images' strangeness: images that are stranger than this quantile in each clean class are
-    suspects."""
+    """Of clean images' strangeness: images that are stranger than this quantile of their own class's trusted
+    images are suspects, or than that of each other class where few or none are trusted."""
     images_a_forward: Annotated[int, Ge(1)] = 512
     significance: Annotated[float, Interval(gt=0, lt=1)] = 0.05
     seed: int = 0
@@ -165,8 +165,17 @@ class Consistency(JointClassCleanser):
             own = data.labels == label
             judging = known.labels != (label if trusted is None else -1)
             if int(own.sum()) >= self.fewest and int(judging.sum()) > 1:
-                found[label] = self._finding(apart[own], clean[judging], known.labels[judging])
+                limiting = judging
+                if trusted is not None and int((known.labels == label).sum()) >= FEWEST_A_CLASS:
+                    limiting = known.labels == label
+                limit = self._limit(clean, known.labels, judging, limiting)
+                found[label] = self._finding(apart[own], clean[judging], limit)
         return found
+
+    def _limit(self, clean: Tensor, labels: Tensor, judging: Tensor, limiting: Tensor) -> float:
+        """The strangeness that few of the images ``limiting`` exceed, seen from those ``judging``."""
+        strange = strangeness(clean[limiting], clean[judging])
+        return limit_for_every_class(strange, labels[limiting], self.quantile)
 
     def _margins(self, model: Classifier, images: ImageSet) -> Tensor:
         margins = margins_in_views(model, images.images, images.labels, self.images_a_forward)
@@ -182,9 +191,8 @@ class Consistency(JointClassCleanser):
         alone = self.expected == "class"
         return torch.stack([each.median(0).values if alone and len(each) else centre for each in of_class])
 
-    def _finding(self, margins: Tensor, clean: Tensor, clean_labels: Tensor) -> ClassFinding:
+    def _finding(self, margins: Tensor, clean: Tensor, limit: float) -> ClassFinding:
         scores = strangeness(margins, clean)
-        limit = limit_for_every_class(strangeness(clean, clean), clean_labels, self.quantile)
         suspects = scores > limit
         highest = scores.sort().values[-max(1, round(self.tail * len(scores))) :]
         # Strangenesses span orders of magnitude; those below a hundredth are nobody's.
