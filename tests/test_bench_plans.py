@@ -287,11 +287,33 @@ def test_plans_that_come_with_the_project(path: Path) -> None:
         assert any(bound.cells.takes(cell.axes) for cell in cells), bound.text
 
 
+def test_what_a_cleanser_is_given_beside_the_set(tmp_path: Path) -> None:
+    """Trusted images and the target that retraining is told are settings of those stages alone."""
+    more = """[defenses.told]
+cleanser = "activation-clustering"
+trusted_per_class = 7
+target_known = true
+"""
+    cells = cells_of(tmp_path, SMALL.replace("[defenses.re]", more + "[defenses.re]"))
+    told, plain = cells["signs/small/A-1SC/told/0"], cells["signs/small/A-1SC/re/0"]
+    assert told.stages["audit"].config["trusted_per_class"] == 7
+    assert told.stages["retrained"].inputs["model"].config["target_known"] is True
+    assert "trusted_per_class" not in plain.stages["audit"].config
+    assert "target_known" not in plain.stages["retrained"].inputs["model"].config
+    for wrong, said in (
+        ("[defenses.none]\ntrusted_per_class = 7", "trusted_per_class is a cleanser's"),
+        ("[defenses.none]\ntarget_known = true", "target_known is about retraining"),
+    ):
+        with pytest.raises(UntrojanError, match=said):
+            read_plan(written(tmp_path, SMALL.replace("[defenses.none]", wrong)))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_are_well_formed(name: str) -> None:
     content = read_published(name)
-    assert content["unit"] == "percent"
-    assert content["source"].startswith(("Xiang, Miller & Kesidis", "Wang, Ding, Zhai & Ma", "Tao et al."))
+    assert content["unit"] in ("percent", "none")
+    authors = ("Xiang, Miller & Kesidis", "Wang, Ding, Zhai & Ma", "Tao et al.", "Xia, Niu, Li & Li")
+    assert content["source"].startswith(authors)
     seen = set()
     for entry in content["entries"]:
         figures = entry.keys() - {"attack", "net", "defense", "data"}

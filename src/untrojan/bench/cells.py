@@ -303,6 +303,8 @@ class _Expansion:
         config: dict[str, Any] = {"cleanser": defense.cleanser, "options": options}
         if not defense.canaries:
             config["canaries"] = False
+        if defense.trusted_per_class is not None:
+            config["trusted_per_class"] = defense.trusted_per_class
         known = {"data": self.data, "poisoned": poisoned}
         probes = {"probe": probe}
         if self.net.second_probe is not None:

@@ -248,6 +248,8 @@ class DefenseEntry(_Strict):
     """Ask a scanner about the victim; beside a training defence or a repair, about what that made."""
     options: dict[str, Any] = {}
     """Of the cleanser, the training defence or the repair."""
+    trusted_per_class: Count | None = None
+    """So many clean test images of each class, that the cleanser is given as trusted."""
     retrain: bool = True
     target_known: bool = False
     """Retrain as if the auditor had been told the target class: only what was flagged there is removed. RE's
@@ -270,6 +272,8 @@ class DefenseEntry(_Strict):
         others = (self.cleanser, self.exposure, self.training, self.repair, self.scan)
         if self.pruning is not None and any(others):
             raise ValueError("pruning by the trigger stands alone: drop what stands beside it")
+        if self.trusted_per_class and (self.cleanser is None or self.exposure is not None):
+            raise ValueError("trusted_per_class is a cleanser's: name one, or see exposure's trusted_share")
         if self.target_known and not (self.cleanser and self.retrain):
             raise ValueError("target_known is about retraining after a cleanser: name one, or drop it")
         if self.repair is None and self.model_fields_set & {"share", "robustness", "distance"}:

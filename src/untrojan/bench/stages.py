@@ -114,14 +114,16 @@ def audit(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 
     folders = [place.inputs[name] for name in ("probe", "second_probe") if name in place.inputs]
     trained = [_record(folder)["config"] for folder in folders] if config.get("canaries", True) else []
+    made, of_each = _poisoned(place), config.get("trusted_per_class")
     found = judge(
-        _poisoned(place).train,
+        made.train,
         [_model(folder) for folder in folders],
         {config["cleanser"]: CLEANSERS.build(config["cleanser"], config["options"])},
         [
             ProbeTraining(how["architecture"], validated(Recipe, how["recipe"], "recipe"), how["seed"])
             for how in trained
         ],
+        trusted=None if of_each is None else _thinned(made.test, of_each),
         work=place.scratch,
         device=_device(),
     )
