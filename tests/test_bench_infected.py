@@ -140,6 +140,55 @@ def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
     assert "MMD² s3" in text
 
 
+REPAIRS = """
+[defenses.none]
+[defenses.under-none]
+training = "none"
+options = { epochs = 1, separation = 0.0 }
+[defenses.mended]
+repair = "finetune"
+options = { epochs = 1 }
+share = 0.2
+[[grid]]
+"""
+
+
+def with_repairs(text: str) -> str:
+    """The plan with models that are trained for longer, and with what mends them in place of detectors."""
+    before, rest = text.split("[defenses.none]")
+    return (
+        before.replace("epochs = 2", "epochs = 8\nlearning_rate = 3e-3") + REPAIRS + rest.split("[[grid]]")[1]
+    )
+
+
+def test_an_infected_model_is_mended_and_trained_on(tmp_path: Path) -> None:
+    made = make_signs(num_classes=4, size=16, train_per_class=60, test_per_class=40, seed=0)
+    save_npz(tmp_path / "signs.npz", made.train, made.test)
+    text = with_repairs(PLAN.split("[[tables]]")[0])
+    plan, results = written(tmp_path, text), tmp_path / "results"
+    run_plan(
+        plan, tmp_path / "store", results=results, only="*/rbt/*", data={"signs": str(tmp_path / "signs.npz")}
+    )
+    files = {
+        path.stem.split("__")[3]: json.loads(path.read_text())["result"] for path in results.rglob("*.json")
+    }
+    under, mended = files["under-none"], files["mended"]
+    assert under["undefended"] == mended["undefended"] == files["none"]["undefended"]
+    # Both are measured by the infected model's own trigger, and what is dropped is held against its set.
+    assert {"attack_success", "poison_fit"} <= mended["repaired"].keys() & under["defended"].keys()
+    assert under["dropping"]["removed"] == under["defense"]["dropped"] > 0
+    assert 0 <= under["dropping"]["true_positive_rate"] <= 1
+    # A fifth of 240 images and of the poisoned ones beside them, from those that carry no trigger.
+    assert 48 <= mended["repair"]["images"] <= 56
+
+
+def test_no_other_training_defence_goes_on_from_a_model(tmp_path: Path) -> None:
+    text = with_repairs(PLAN).replace('training = "none"', 'training = "abl"')
+    text = text.replace("options = { epochs = 1, separation = 0.0 }", "")
+    with pytest.raises(UntrojanError, match=r'rbt/under-none: .*training = "none"'):
+        expand(read_plan(written(tmp_path, text.split("[[tables]]")[0])))
+
+
 def test_a_clean_control_can_only_alarm(tmp_path: Path) -> None:
     made = make_signs(num_classes=4, size=16, train_per_class=30, test_per_class=40, seed=0)
     save_npz(tmp_path / "signs.npz", made.train, made.test)

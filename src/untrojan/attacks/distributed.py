@@ -8,6 +8,7 @@ answers to all strips together. Here without the paper's scaling of the attacker
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from untrojan.attacks.poisoning import Poisoning, TriggeredTest, triggered_test
 from untrojan.data.image_set import ImageSet
 from untrojan.errors import UntrojanError
+from untrojan.registry import options_of, validated
 from untrojan.training.loop import BatchTransform
 from untrojan.training.recipe import Recipe
 from untrojan.triggers.base import ImageShape, Trigger, stamp
@@ -55,6 +57,17 @@ class DistributedBackdoor:
         if min(shape[1:]) > SMALL_SIDE:
             return cls(**changes)
         return cls(**{"poisoned": 20, "epochs": 10, **changes})
+
+    @classmethod
+    def chosen(cls, shape: ImageShape, given: Mapping[str, Any]) -> DistributedBackdoor:
+        """The paper's settings for such images with those of ``given`` that are not None.
+
+        Raises UntrojanError for an unknown trigger, setting or value.
+        """
+        defaults = options_of(cls.for_images(shape))
+        made = validated(cls, defaults | {k: v for k, v in given.items() if v is not None}, "the attack")
+        TRIGGERS.build(made.trigger, made.trigger_options)
+        return made
 
     def part(self, attacker: int, attackers: int, shape: ImageShape, seed: int) -> Trigger:
         """What ``attacker`` (0-based) of ``attackers`` stamps. Strips are dealt in turn: fewer attackers than

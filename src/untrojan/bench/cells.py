@@ -57,6 +57,8 @@ class _Resolved:
 def _attack_options(entry: AttackEntry) -> dict[str, Any] | None:
     if entry.clean:
         return None
+    if entry.federated is not None:
+        return {"federated": entry.federated.model_dump()}
     if entry.sdrm is not None:
         return {"infection": options_of(entry.sdrm.infection()), "method": options_of(entry.sdrm.method())}
     # Names of classes stay names: what they stand for is known once the data are.
@@ -131,6 +133,8 @@ class _Expansion:
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
         if attack.clean and defense.exposure is not None:
             return self._exposed_control(attack_name, defense_name)
+        if attack.federated is not None:
+            return self._federated_cell(attack_name, defense_name)
         if attack.sdrm is not None or defense.exposure is not None or defense.pruning is not None:
             return self._infected_cell(attack_name, defense_name)
         # Controls differ by their training; the attack's draw and the victim's training share one seed.
@@ -141,16 +145,17 @@ class _Expansion:
         victim = self._trained(self.net.victim, poisoned, seed, f"{attack_name} victim", pretrained)
         if _delivers_model(options):
             victim = self._stage("deliver", victim.config, victim.inputs, f"{attack_name} model")
-        undefended = self._evaluated(victim, poisoned, f"{attack_name} undefended")
+        known = self._known(poisoned)
+        undefended = self._evaluated(victim, known, f"{attack_name} undefended")
         stages = {"data": self.data, "undefended": undefended}
         if options and (self.control or _surrogate(options) != "none"):
             stages["clean_model"] = self._clean_model(poisoned, attack_name, options)
         if defense.cleanser is not None:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
         if defense.training is not None:
-            stages |= self._trained_defended(attack_name, defense_name, defense, poisoned, seed)
+            stages |= self._trained_defended(attack_name, defense_name, defense, known, seed)
         if defense.repair is not None:
-            stages |= self._repaired(attack_name, defense_name, defense, poisoned, victim, seed)
+            stages |= self._repaired(attack_name, defense_name, defense, known, victim, seed)
         if defense.scan is not None:
             model = stages.get("defense") or stages.get("repair") or victim
             stages |= self._scanned(attack_name, defense_name, defense.scan, poisoned, model, seed)
@@ -170,11 +175,11 @@ class _Expansion:
         """A model that its trainer infected, and a detector that is asked about it."""
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
         options = self.resolved.attacks[attack_name]
-        asks_set = defense.training or defense.repair or (defense.cleanser and not defense.exposure)
-        if attack.sdrm is None or options is None or asks_set:
+        asks_set = defense.cleanser and not defense.exposure
+        if attack.sdrm is None or options is None or asks_set or defense.training not in (None, "none"):
             raise UntrojanError(
-                f"cell {attack_name}/{defense_name}: infected models (sdrm) go with exposure, pruning and "
-                "scans: keep other attacks and defences apart by [[grid]]"
+                f"cell {attack_name}/{defense_name}: infected models (sdrm) go with exposure, pruning, "
+                'scans, repairs and training = "none": keep other attacks and defences apart by [[grid]]'
             )
         recipe = self.resolved.recipes[self.net.victim]
         seed = self.seed + attack.seed_offset
@@ -191,13 +196,43 @@ class _Expansion:
         if defense.pruning is not None:
             asked = defense.pruning.model_dump()
             stages["pruning"] = self._stage("prune", asked, known, f"{attack_name} {defense_name}")
+        if defense.training is not None:
+            stages |= self._trained_defended(attack_name, defense_name, defense, known, seed)
+            asked = dict(stages["defense"].config)
+        if defense.repair is not None:
+            stages |= self._repaired(attack_name, defense_name, defense, known, infected, seed)
+            asked = dict(stages["repair"].config)
         if defense.scan is not None:
+            model = stages.get("defense") or stages.get("repair") or infected
             stages |= self._scanned(
-                attack_name, defense_name, defense.scan, self._clean(), infected, seed, infected
+                attack_name, defense_name, defense.scan, self._clean(), model, seed, infected
             )
             asked = dict(stages["scan"].config)
         axes = self._axes(attack_name, defense_name)
         return Cell(axes, stages, {"data": dict(self.data.config), "attack": config, "defense": asked})
+
+    def _federated_cell(self, attack_name: str, defense_name: str) -> Cell:
+        """Clients who train one model together, and NONE on what they report."""
+        defense = self.plan.defenses[defense_name]
+        others = (defense.cleanser, defense.repair, defense.scan, defense.exposure, defense.pruning)
+        if any(others) or defense.training not in (None, "none"):
+            raise UntrojanError(
+                f'cell {attack_name}/{defense_name}: federations go with training = "none" or no defence: '
+                "keep other defences apart by [[grid]]"
+            )
+        seed = self.seed + self.plan.attacks[attack_name].seed_offset
+        options = self.resolved.defenses[defense_name]
+        config = {
+            "architecture": self.net.architecture,
+            "recipe": self.resolved.recipes[self.net.victim],
+            **(self.resolved.attacks[attack_name] or {}),
+            "defense": _seeded(options, defense.options, seed) if defense.training else None,
+            "seed": seed,
+        }
+        label, profile = f"{attack_name} {defense_name}", f"{self.net.victim} {defense_name}"
+        federated = self._stage("federate", config, {"data": self.data}, label, profile=profile)
+        stages = {"data": self.data, "federated": federated}
+        return Cell(self._axes(attack_name, defense_name), stages, {"data": dict(self.data.config), **config})
 
     def _exposed_control(self, attack_name: str, defense_name: str) -> Cell:
         """A model without a backdoor, and a detector that should find nothing."""
@@ -205,7 +240,7 @@ class _Expansion:
         clean = self._clean()
         victim = self._trained(self.net.victim, clean, seed, f"{attack_name} victim")
         exposed = self._exposed(attack_name, defense_name, {"data": self.data, "model": victim}, seed)
-        undefended = self._evaluated(victim, clean, f"{attack_name} undefended")
+        undefended = self._evaluated(victim, self._known(clean), f"{attack_name} undefended")
         stages = {"data": self.data, "undefended": undefended, "exposure": exposed}
         config = {"data": dict(self.data.config), "attack": None, "defense": dict(exposed.config)}
         return Cell(self._axes(attack_name, defense_name), stages, config)
@@ -228,7 +263,7 @@ class _Expansion:
         set."""
         options = _seeded(self.resolved.scans[name], asked.options, seed)
         config = {"scanner": asked.method, "options": options, "share": asked.share, "seed": seed}
-        known = {"data": self.data, "poisoned": poisoned}
+        known = self._known(poisoned)
         label = f"{attack} {name}"
         scan = self._stage("scan", config, known | {"model": model}, f"{label} scan", profile=name)
         truth = known if infected is None else known | {"infected": infected}
@@ -275,9 +310,12 @@ class _Expansion:
             inputs["pretrained"] = pretrained
         return self._stage("train", config, inputs, label, profile=recipe)
 
-    def _evaluated(self, model: Stage, poisoned: Stage, label: str) -> Stage:
-        inputs = {"data": self.data, "poisoned": poisoned, "model": model}
-        return self._stage("evaluate", {}, inputs, label)
+    def _known(self, poisoned: Stage) -> dict[str, Stage]:
+        return {"data": self.data, "poisoned": poisoned}
+
+    def _evaluated(self, model: Stage, known: Mapping[str, Stage], label: str) -> Stage:
+        """``known`` as in :meth:`_trained_defended`."""
+        return self._stage("evaluate", {}, {**known, "model": model}, label)
 
     def _clean_model(self, poisoned: Stage, name: str, options: dict[str, Any]) -> Stage:
         """What the pattern alone does to a model that was never poisoned nor seen by the attacker: the
@@ -288,7 +326,7 @@ class _Expansion:
         clean = self._trained(
             self.net.victim, clean_set, self.seed + offset, f"{name} clean model", pretrained
         )
-        return self._evaluated(clean, poisoned, f"{name} clean model")
+        return self._evaluated(clean, self._known(poisoned), f"{name} clean model")
 
     def _pretrained(self, poisoned: Stage, options: dict[str, Any] | None) -> Stage | None:
         """The model that victims of a transfer attack transfer from: the attacker knows it."""
@@ -305,7 +343,7 @@ class _Expansion:
             config["canaries"] = False
         if defense.trusted_per_class is not None:
             config["trusted_per_class"] = defense.trusted_per_class
-        known = {"data": self.data, "poisoned": poisoned}
+        known = self._known(poisoned)
         probes = {"probe": probe}
         if self.net.second_probe is not None:
             probes["second_probe"] = self._trained(
@@ -313,7 +351,7 @@ class _Expansion:
             )
         audit = self._stage("audit", config, known | probes, f"{attack} {name} audit", profile=name)
         stages = {
-            "probe": self._evaluated(probe, poisoned, f"{attack} probe's accuracy"),
+            "probe": self._evaluated(probe, known, f"{attack} probe's accuracy"),
             "audit": audit,
             "score": self._stage("score", {}, known | {"audit": audit}, f"{attack} {name} score"),
         }
@@ -326,13 +364,13 @@ class _Expansion:
                 "retrain", {**victim.config, **told}, inputs, f"{attack} {name} retrained",
                 profile=self.net.victim,
             )  # fmt: skip
-            stages["retrained"] = self._evaluated(retrained, poisoned, f"{attack} {name} after retraining")
+            stages["retrained"] = self._evaluated(retrained, known, f"{attack} {name} after retraining")
         return stages
 
     def _trained_defended(
-        self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, seed: int
+        self, attack: str, name: str, defense: DefenseEntry, known: Mapping[str, Stage], seed: int
     ) -> dict[str, Stage]:
-        known = {"data": self.data, "poisoned": poisoned}
+        """``known`` are the data and the poisoned set, or the model whose trainer infected it."""
         config = {
             "architecture": self.net.architecture,
             "recipe": self.resolved.recipes[self.net.victim],
@@ -345,14 +383,15 @@ class _Expansion:
         )
         return {
             "defense": trained,
-            "defended": self._evaluated(trained, poisoned, f"{label} model"),
-            "dropping": self._stage("score_dropped", {}, known | {"defense": trained}, f"{label} dropped"),
+            "defended": self._evaluated(trained, known, f"{label} model"),
+            "dropping": self._stage("score_dropped", {}, {**known, "defense": trained}, f"{label} dropped"),
         }
 
     def _repaired(
-        self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, victim: Stage, seed: int
-    ) -> dict[str, Stage]:
-        known = {"data": self.data, "poisoned": poisoned, "victim": victim}
+        self, attack: str, name: str, defense: DefenseEntry, known: Mapping[str, Stage], victim: Stage,
+        seed: int,
+    ) -> dict[str, Stage]:  # fmt: skip
+        """``known`` as in :meth:`_trained_defended`."""
         config = {
             "architecture": self.net.architecture,
             "repair": defense.repair,
@@ -361,11 +400,12 @@ class _Expansion:
             "seed": seed,
         }
         label = f"{attack} {name}"
-        repaired = self._stage("repair", config, known, f"{label} repair", profile=name)
-        stages = {"repair": repaired, "repaired": self._evaluated(repaired, poisoned, f"{label} repaired")}
+        given = {**known, "victim": victim}
+        repaired = self._stage("repair", config, given, f"{label} repair", profile=name)
+        stages = {"repair": repaired, "repaired": self._evaluated(repaired, known, f"{label} repaired")}
         if defense.robustness or defense.distance is not None:
             asked = {"robustness": defense.robustness, "distance": defense.distance, "seed": seed}
-            inputs = known | {"repaired": repaired}
+            inputs = given | {"repaired": repaired}
             stages["effects"] = self._stage("assess", asked, inputs, f"{label} effects", profile=name)
         return stages
 

@@ -109,6 +109,34 @@ class SdrmEntry(_Strict):
         return validated(StatisticalDifferenceReduction, given, "sdrm")
 
 
+class FederatedEntry(_Strict):
+    """Clients who train one model together, some of them attackers; see :mod:`untrojan.attacks.distributed`.
+
+    An honest client trains by the net's ``victim`` recipe in every round.
+    """
+
+    rounds: Count
+    clients: Annotated[int, Field(ge=1, le=10_000)] = 10
+    malicious: Annotated[int, Field(ge=0)] = 4
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Of the Dirichlet split; images are dealt out at random where it is left out."""
+    weighting: Literal["equal", "images"] = "equal"
+    attack: dict[str, Any] = {}
+    """Settings of the distributed backdoor; the rest is the paper's for images of the data's size."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> FederatedEntry:
+        if self.malicious > self.clients:
+            raise ValueError(f"{self.malicious} malicious clients of {self.clients} can't be")
+        return self
+
+    def check(self) -> None:
+        """Raises UntrojanError for an unknown setting of the attack."""
+        from untrojan.attacks.distributed import DistributedBackdoor
+
+        DistributedBackdoor.chosen((3, 32, 32), self.attack)
+
+
 class AttackEntry(_Strict):
     named: str | None = None
     """One of RE's attacks (``A-3SC``, ``gtsrb``, ...); what follows below overrides its settings."""
@@ -116,6 +144,8 @@ class AttackEntry(_Strict):
     """No attack: a control."""
     sdrm: SdrmEntry | None = None
     """An attacker who trains the model; ``exposure`` defences are asked about it."""
+    federated: FederatedEntry | None = None
+    """Attackers among the clients of a federation. Defended by nothing or by training = "none"."""
     method: str | None = None
     """An attack that computes before it poisons, such as ``label-consistent``; what follows below and its
     dataclass has too is set there."""
@@ -140,11 +170,11 @@ class AttackEntry(_Strict):
     @model_validator(mode="after")
     def _one_kind(self) -> AttackEntry:
         by_trigger = self.named is None and self.method is None and self.trigger is not None
-        kinds = [self.named is not None, by_trigger, self.method is not None, self.sdrm is not None]
-        if sum([self.clean, *kinds]) != 1:
+        kinds = [each is not None for each in (self.named, self.method, self.sdrm, self.federated)]
+        if sum([self.clean, by_trigger, *kinds]) != 1:
             raise ValueError(
                 "give one of clean = true, named = an attack's name, trigger = a trigger's, "
-                "method = that of an attack that computes, or sdrm = {...}"
+                "method = that of an attack that computes, sdrm = {...}, or federated = {...}"
             )
         if self.options is not None and self.method is None:
             raise ValueError("options are those of a method: name it, or see trigger_options")
@@ -456,6 +486,8 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
         if attack.sdrm is not None:
             yield f"attacks.{name}.sdrm", attack.sdrm.infection
             yield f"attacks.{name}.sdrm", attack.sdrm.method
+        elif attack.federated is not None:
+            yield f"attacks.{name}.federated", attack.federated.check
         elif attack.method is not None:
             yield f"attacks.{name}", attack.crafted
         elif not attack.clean:

@@ -185,20 +185,25 @@ def _detection(found: Mapping[str, Any], target: int | None) -> dict[str, bool]:
 
 
 def defend(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """Train by a training defence, which gets the training set and nothing else."""
+    """Train by a training defence, which gets the training set and nothing else. Whoever was handed a model
+    along with the set it was trained on goes on from that one."""
     from safetensors.torch import save_file
 
+    from untrojan.defenses.training.none import NONE
     from untrojan.defenses.training.registry import TRAINING_DEFENSES
     from untrojan.models.checkpoints import save_checkpoint
     from untrojan.registry import validated
     from untrojan.runs import json_text, write_bytes_atomically
     from untrojan.training.recipe import Recipe
 
-    images = _poisoned(place).train
-    report = TRAINING_DEFENSES.build(config["defense"], config["options"])(
-        images, config["architecture"], validated(Recipe, config["recipe"], "recipe"),
-        checkpoint=place.scratch / "training.pt", device=_device(),
-    )  # fmt: skip
+    images, recipe = _poisoned(place).train, validated(Recipe, config["recipe"], "recipe")
+    method = TRAINING_DEFENSES.build(config["defense"], config["options"])
+    checkpoint = place.scratch / "training.pt"
+    if "infected" in place.inputs:
+        assert isinstance(method, NONE)
+        report = method.defend(_model(place.inputs["infected"]), images, recipe, checkpoint=checkpoint)
+    else:
+        report = method(images, config["architecture"], recipe, checkpoint=checkpoint, device=_device())
     save_checkpoint(place.out / MODEL, report.model, images.class_names)
     save_file({"flagged": report.dropped}, place.out / FLAGS)
     write_bytes_atomically(place.out / "evidence.json", json_text(report.evidence).encode())
@@ -317,6 +322,38 @@ def infect(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     return known
 
 
+def federate(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Train one model among simulated clients, of whom some attack, and defend it by what they report."""
+    from untrojan.attacks.distributed import DistributedBackdoor
+    from untrojan.defenses.training.none import NONE
+    from untrojan.federated.server import Federation
+    from untrojan.federated.simulation import Population, simulate
+    from untrojan.models.checkpoints import save_checkpoint
+    from untrojan.registry import validated
+    from untrojan.runs import json_text, write_bytes_atomically
+    from untrojan.training.recipe import Recipe
+
+    splits, settings = _known_data(place.inputs["data"], place.sources), config["federated"]
+    defense = None if config["defense"] is None else validated(NONE, config["defense"], "none")
+    report = simulate(
+        splits,
+        Federation(
+            config["architecture"], settings["rounds"], validated(Recipe, config["recipe"], "recipe"),
+            defense, settings["weighting"], config["seed"],
+        ),
+        Population(settings["clients"], settings["malicious"], settings["alpha"], config["seed"]),
+        DistributedBackdoor.chosen(splits.train.image_shape, settings["attack"]),
+        work=place.scratch,
+    )  # fmt: skip
+    save_checkpoint(place.out / MODEL, report.model, splits.train.class_names)
+    evidence = {"rounds": report.history, "excluded": report.excluded, "defense": report.defense}
+    write_bytes_atomically(place.out / "evidence.json", json_text(evidence).encode())
+    sections = {"undefended": report.before()}
+    if (after := report.after()) is not None:
+        sections["defended"] = after
+    return {"sections": sections}
+
+
 def expose(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Ask a detector about an infected model: it gets test images, of which some carry the trigger. About a
     clean model, where none does, the question is whether it raises an alarm."""
@@ -375,6 +412,7 @@ def _sorted_test(
     return SortedTest.of(_model(model), made.test, made.triggered_test, target)
 
 
+@lru_cache(maxsize=1)
 def _infection(
     infected: Path, data_folder: Path, sources: tuple[tuple[str, str], ...]
 ) -> tuple[PoisonedData, int]:
@@ -454,6 +492,7 @@ STAGES: Mapping[str, StageFunction] = {
     "score": score,
     "retrain": retrain,
     "infect": infect,
+    "federate": federate,
     "expose": expose,
     "prune": prune,
     "defend": defend,
@@ -470,6 +509,8 @@ def check_data(plan: Plan, cells: Iterable[Cell], sources: Mapping[str, str]) ->
 
     Raises UntrojanError where data cannot be loaded, have no test images, or lack a class.
     """
+    from untrojan.attacks.distributed import DistributedBackdoor
+
     pairs = dict.fromkeys((str(cell.axes["data"]), str(cell.axes["attack"])) for cell in cells)
     for name, attack_name in pairs:
         config = {"name": name, **plan.data[name].model_dump(exclude={"source"})}
@@ -480,6 +521,11 @@ def check_data(plan: Plan, cells: Iterable[Cell], sources: Mapping[str, str]) ->
         if attack.clean:
             continue
         try:
+            if attack.federated is not None:
+                shape = splits.train.image_shape
+                chosen = DistributedBackdoor.chosen(shape, attack.federated.attack)
+                splits.train.class_index(chosen.target)
+                continue
             if attack.method is not None:
                 attack.crafted(splits.train.class_index).clean(splits)
                 continue
@@ -547,9 +593,12 @@ def _known_data(folder: Path, sources: Mapping[str, str]) -> Splits:
 
 
 def _poisoned(place: Place) -> _Made:
-    """The set that the poison stage made, made again."""
-    folder = place.inputs["poisoned"]
-    return _remade(folder, place.inputs["data"], _sources(place))
+    """The set that the poison stage made, or that an infected model was trained on, made again."""
+    if "poisoned" in place.inputs:
+        return _remade(place.inputs["poisoned"], place.inputs["data"], _sources(place))
+    data_folder = place.inputs["data"]
+    made, _ = _infection(place.inputs["infected"], data_folder, _sources(place))
+    return _Made(_known_data(data_folder, place.sources), made)
 
 
 def _sources(place: Place) -> tuple[tuple[str, str], ...]:

@@ -18,6 +18,7 @@ VERSIONS: Mapping[str, int] = {
     "score": 1,
     "retrain": 1,
     "infect": 1,
+    "federate": 1,
     "expose": 2,
     "prune": 1,
     "defend": 1,

@@ -119,6 +119,7 @@ def federated(
     Example: [bold]untrojan federated signs --rounds 10 --net cnn --defense none --out federated[/bold]
     """
     options.begin(threads, quiet)
+    from untrojan.attacks.distributed import DistributedBackdoor
     from untrojan.data.load import load
     from untrojan.federated.flower import prepare
     from untrojan.federated.simulation import Population
@@ -141,8 +142,8 @@ def federated(
         net, rounds or (30 if small else 100), local_epochs or (1 if small else 2), learning_rate, batch_size,
         weighting, defense, inputs.key_values(defense_option, "--defense-option"), seed,
     )  # fmt: skip
-    plan = _attack(
-        train,
+    plan = DistributedBackdoor.chosen(
+        train.image_shape,
         {
             "trigger": trigger,
             "trigger_options": inputs.key_values(trigger_option, "--trigger-option"),
@@ -207,17 +208,6 @@ def _federation(
     )  # fmt: skip
 
 
-def _attack(train: ImageSet, given: dict[str, Any]) -> DistributedBackdoor:
-    from untrojan.attacks.distributed import DistributedBackdoor
-    from untrojan.registry import options_of, validated
-    from untrojan.triggers.registry import TRIGGERS
-
-    TRIGGERS.build(given["trigger"], given["trigger_options"])
-    defaults = options_of(DistributedBackdoor.for_images(train.image_shape))
-    chosen = {key: value for key, value in given.items() if value is not None}
-    return validated(DistributedBackdoor, {**defaults, **chosen}, "the attack")
-
-
 def _simulate(
     splits: Splits,
     federation: Federation,
@@ -262,12 +252,11 @@ def _deploy(
 def _write(folder: RunFolder, report: FederatedReport, class_names: tuple[str, ...]) -> None:
     from untrojan.models.checkpoints import save_checkpoint
 
-    before, after = _before_after(report)
     folder.write_json(
         "metrics.json",
         {
-            "before": before,
-            "after": after,
+            "before": report.before(),
+            "after": report.after(),
             "rounds": report.history,
             "excluded": report.excluded,
             "defense": report.defense,
@@ -278,20 +267,8 @@ def _write(folder: RunFolder, report: FederatedReport, class_names: tuple[str, .
     save_checkpoint(folder.staged("model.safetensors"), report.model, class_names)
 
 
-def _before_after(report: FederatedReport) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What was measured at the end of plain training and, with a defence, at the very end."""
-    trained = [row for row in report.history if row["phase"] == "training"]
-    last = report.history[-1]
-    return _measured(trained[-1]), None if last is trained[-1] else _measured(last)
-
-
-def _measured(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row.get(key) for key in ("round", "benign_accuracy", "attack_success")}
-
-
 def _summary(report: FederatedReport, out: Path, quiet: bool) -> None:
-    before, after = _before_after(report)
-    for what, found in (("averaged model", before), ("after NONE", after)):
+    for what, found in (("averaged model", report.before()), ("after NONE", report.after())):
         if found is not None:
             accuracy, success = (
                 options.share(found["benign_accuracy"]),

@@ -88,6 +88,14 @@ class FederatedReport:
     defense: list[dict[str, Any]] = field(default_factory=list)
     """What each of NONE's analyses found."""
 
+    def before(self) -> dict[str, Any]:
+        """``round`` and what was measured at the end of plain training."""
+        return _measured([row for row in self.history if row["phase"] == TRAINING][-1])
+
+    def after(self) -> dict[str, Any] | None:
+        """The same at the very end; None where there was no defence."""
+        return None if self.history[-1]["phase"] == TRAINING else _measured(self.history[-1])
+
 
 def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """FedAvg: sum of w_i state_i over sum of w_i, entry by entry, in float64.
@@ -108,6 +116,10 @@ def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 class _Member:
     name: str
     images: int
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row.get(key) for key in ("round", "benign_accuracy", "attack_success")}
 
 
 class Server:
