@@ -56,12 +56,15 @@ options = { rounds = 0, epochs = 3 }
 [defenses.clustering]
 cleanser = "activation-clustering"
 canaries = false
+[defenses.rounds]
+training = "none"
+options = { epochs = 1 }
 [[grid]]
 attacks = ["label-consistent", "invisible", "style"]
 defenses = ["none"]
 [[grid]]
 attacks = ["hidden"]
-defenses = ["clustering"]
+defenses = ["clustering", "rounds"]
 """
 
 
@@ -71,16 +74,24 @@ def test_a_plan_runs_them_all(tmp_path):
     splits = coloured_splits(train=20, test=6)
     save_npz(data, splits.train, splits.test)
     summary = run_plan(plan, tmp_path / "out", data={"colours": str(data)})
-    assert (summary.done, summary.failed, summary.left) == (4, (), 0)
+    assert (summary.done, summary.failed, summary.left) == (5, (), 0)
     results = {
         name: json.loads((summary.results / f"colours__small__{name}__0.json").read_text())["result"]
-        for name in ("label-consistent__none", "hidden__clustering", "invisible__none", "style__none")
+        for name in (
+            "label-consistent__none",
+            "hidden__clustering",
+            "hidden__rounds",
+            "invisible__none",
+            "style__none",
+        )
     }
     for result in results.values():
         assert 0 <= result["undefended"]["attack_success"] <= 1
         assert 0 <= result["clean_model"]["benign_accuracy"] <= 1
     hidden = results["hidden__clustering"]
     assert {"cleansing", "detection", "retrained"} <= set(hidden)
+    assert results["hidden__rounds"]["undefended"] == hidden["undefended"]
+    assert 0 <= results["hidden__rounds"]["defended"]["attack_success"] <= 1
 
 
 def test_an_attackers_own_model_is_the_victim(tmp_path):
@@ -94,13 +105,18 @@ def test_an_attackers_own_model_is_the_victim(tmp_path):
 def test_a_hidden_trigger_is_learned_by_transfer_alone(tmp_path):
     plan = tmp_path / "plan.toml"
     plan.write_text(PLAN)
-    cell = next(cell for cell in expand(read_plan(plan)) if cell.axes["attack"] == "hidden")
+    cell, rounds = (cell for cell in expand(read_plan(plan)) if cell.axes["attack"] == "hidden")
     pretrained = cell.stages["undefended"].inputs["poisoned"].inputs["surrogate"]
     assert pretrained.inputs["poisoned"].config == {"attack": None, "without": ["a", "c"]}
     for role in ("undefended", "probe", "retrained", "clean_model"):
         assert cell.stages[role].inputs["model"].inputs["pretrained"].key == pretrained.key
     clean = cell.stages["clean_model"].inputs["model"].inputs["poisoned"]
     assert clean.config == {"attack": None, "only": ["a", "c"]}
+    # Whose rounds follow the transfer; what trains anew would not be attacked at all.
+    assert rounds.stages["defense"].inputs["start"].key == cell.stages["undefended"].inputs["model"].key
+    plan.write_text(PLAN.replace('training = "none"\noptions = { epochs = 1 }', 'training = "abl"'))
+    with pytest.raises(UntrojanError, match="hidden/rounds: abl trains anew"):
+        expand(read_plan(plan))
 
 
 @pytest.mark.parametrize(

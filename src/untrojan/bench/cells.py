@@ -15,6 +15,8 @@ from untrojan.registry import options_of
 if TYPE_CHECKING:
     from untrojan.attacks.crafted import Surrogate
 
+GOING_ON = (None, "none")
+"""Training defences, or none, of whoever has a trained model already: NONE's rounds follow any training."""
 COMPUTED_TRIGGERS = ("universal",)
 """Triggers that are computed on a clean model, not drawn."""
 
@@ -153,7 +155,14 @@ class _Expansion:
         if defense.cleanser is not None:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
         if defense.training is not None:
-            stages |= self._trained_defended(attack_name, defense_name, defense, known, seed)
+            if pretrained and defense.training not in GOING_ON:
+                raise UntrojanError(
+                    f"cell {attack_name}/{defense_name}: {defense.training} trains anew, and this is an "
+                    'attack on transfer: only training = "none" goes on from a model; keep others apart by '
+                    "[[grid]]"
+                )
+            start = victim if pretrained else None
+            stages |= self._trained_defended(attack_name, defense_name, defense, known, seed, start)
         if defense.repair is not None:
             stages |= self._repaired(attack_name, defense_name, defense, known, victim, seed)
         if defense.scan is not None:
@@ -176,7 +185,7 @@ class _Expansion:
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
         options = self.resolved.attacks[attack_name]
         asks_set = defense.cleanser and not defense.exposure
-        if attack.sdrm is None or options is None or asks_set or defense.training not in (None, "none"):
+        if attack.sdrm is None or options is None or asks_set or defense.training not in GOING_ON:
             raise UntrojanError(
                 f"cell {attack_name}/{defense_name}: infected models (sdrm) go with exposure, pruning, "
                 'scans, repairs and training = "none": keep other attacks and defences apart by [[grid]]'
@@ -197,7 +206,7 @@ class _Expansion:
             asked = defense.pruning.model_dump()
             stages["pruning"] = self._stage("prune", asked, known, f"{attack_name} {defense_name}")
         if defense.training is not None:
-            stages |= self._trained_defended(attack_name, defense_name, defense, known, seed)
+            stages |= self._trained_defended(attack_name, defense_name, defense, known, seed, infected)
             asked = dict(stages["defense"].config)
         if defense.repair is not None:
             stages |= self._repaired(attack_name, defense_name, defense, known, infected, seed)
@@ -215,7 +224,7 @@ class _Expansion:
         """Clients who train one model together, and NONE on what they report."""
         defense = self.plan.defenses[defense_name]
         others = (defense.cleanser, defense.repair, defense.scan, defense.exposure, defense.pruning)
-        if any(others) or defense.training not in (None, "none"):
+        if any(others) or defense.training not in GOING_ON:
             raise UntrojanError(
                 f'cell {attack_name}/{defense_name}: federations go with training = "none" or no defence: '
                 "keep other defences apart by [[grid]]"
@@ -368,9 +377,11 @@ class _Expansion:
         return stages
 
     def _trained_defended(
-        self, attack: str, name: str, defense: DefenseEntry, known: Mapping[str, Stage], seed: int
-    ) -> dict[str, Stage]:
-        """``known`` are the data and the poisoned set, or the model whose trainer infected it."""
+        self, attack: str, name: str, defense: DefenseEntry, known: Mapping[str, Stage], seed: int,
+        start: Stage | None,
+    ) -> dict[str, Stage]:  # fmt: skip
+        """``known`` are the data and the poisoned set, or the model whose trainer infected it; training goes
+        on from ``start`` where there is one."""
         config = {
             "architecture": self.net.architecture,
             "recipe": self.resolved.recipes[self.net.victim],
@@ -379,8 +390,9 @@ class _Expansion:
         }
         label = f"{attack} {name}"
         trained = self._stage(
-            "defend", config, known, f"{label} training", profile=f"{self.net.victim} {name}"
-        )
+            "defend", config, {**known, **({"start": start} if start else {})}, f"{label} training",
+            profile=f"{self.net.victim} {name}",
+        )  # fmt: skip
         return {
             "defense": trained,
             "defended": self._evaluated(trained, known, f"{label} model"),

@@ -186,7 +186,7 @@ def _detection(found: Mapping[str, Any], target: int | None) -> dict[str, bool]:
 
 def defend(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Train by a training defence, which gets the training set and nothing else. Whoever was handed a model
-    along with the set it was trained on goes on from that one."""
+    along with the set, or transferred one to it, goes on from there."""
     from safetensors.torch import save_file
 
     from untrojan.defenses.training.none import NONE
@@ -199,9 +199,9 @@ def defend(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     images, recipe = _poisoned(place).train, validated(Recipe, config["recipe"], "recipe")
     method = TRAINING_DEFENSES.build(config["defense"], config["options"])
     checkpoint = place.scratch / "training.pt"
-    if "infected" in place.inputs:
+    if "start" in place.inputs:
         assert isinstance(method, NONE)
-        report = method.defend(_model(place.inputs["infected"]), images, recipe, checkpoint=checkpoint)
+        report = method.defend(_model(place.inputs["start"]), images, recipe, checkpoint=checkpoint)
     else:
         report = method(images, config["architecture"], recipe, checkpoint=checkpoint, device=_device())
     save_checkpoint(place.out / MODEL, report.model, images.class_names)
