@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from untrojan.bench import stages
 from untrojan.bench.cells import expand
 from untrojan.bench.measures import BESIDE_REGULAR
 from untrojan.bench.plan import read_plan
@@ -43,6 +44,9 @@ exposure = { clean = 20, ratio = 1.0, trusted_share = 0.1 }
 [defenses.consistency]
 cleanser = "consistency"
 exposure = { clean = 20, ratio = 0.5, trusted_share = 0.5, trusted_as = "predicted" }
+[defenses.consistency-unseen]
+cleanser = "consistency"
+exposure = { clean = 20, ratio = 0.5, trusted_share = 0.25, trusted_from = "test" }
 [defenses.pruned]
 pruning = { step = 0.25, images = 20 }
 [[grid]]
@@ -69,7 +73,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_detectors_share_the_infected_model(tmp_path: Path) -> None:
     cells = {cell.name: cell for cell in expand(read_plan(written(tmp_path, PLAN)))}
-    assert len(cells) == 2 * 5
+    assert len(cells) == 2 * 6
     ac, sr, none = (cells[f"signs/small/sdrm-a/{name}/0"] for name in ("ac", "sr", "none"))
     assert ac.stages["undefended"].key == sr.stages["undefended"].key == none.stages["undefended"].key
     assert ac.stages["exposure"].key != sr.stages["exposure"].key
@@ -78,7 +82,9 @@ def test_detectors_share_the_infected_model(tmp_path: Path) -> None:
     assert other.stages["undefended"].key != ac.stages["undefended"].key
     assert ac.stages["undefended"].config["method"]["strength"] == 0.3
     assert ac.stages["exposure"].config["options"]["level"] == "s2"
-    assert "trusted_as" not in sr.stages["exposure"].config
+    assert not {"trusted_as", "trusted_from"} & sr.stages["exposure"].config.keys()
+    unseen = cells["signs/small/rbt/consistency-unseen/0"].stages["exposure"].config
+    assert (unseen["trusted_from"], "trusted_as" in unseen) == ("test", False)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,7 @@ def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
     files = {
         tuple(path.stem.split("__")[2:4]): json.loads(path.read_text()) for path in results.rglob("*.json")
     }
-    assert len(files) == 10
+    assert len(files) == 12
     undefended = files["sdrm-a", "none"]["result"]["undefended"]
     assert undefended == files["sdrm-a", "sr"]["result"]["undefended"]
     assert 0 <= undefended["attack_success"] <= 1
@@ -129,6 +135,24 @@ def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
     asked = files["sdrm-a", "sr"]["result"]["exposure"]
     assert 0 < asked["clean"] <= 20
     assert isinstance(asked["detected"], bool)
+    # Of 40 test images of each class, 15 are the defender's.
+    unseen = files["sdrm-a", "consistency-unseen"]["result"]["exposure"]
+    assert 0 < unseen["clean"] <= 20
+    folders = {path.name: path for path in (tmp_path / "store").glob("store/done/*/*")}
+    stage = next(c for c in expand(read_plan(plan)) if c.axes["defense"] == "none").stages["undefended"]
+    asked = (20, 0.5, (0.25, True, False), 0)
+    question = stages._question(
+        folders[stage.key],
+        True,
+        folders[stage.inputs["data"].key],
+        (("signs", str(tmp_path / "signs.npz")),),
+        asked,
+    )
+    trusted = question.attacked.trusted
+    assert trusted is not None
+    assert len(trusted.data) == 4 * 15
+    known = {image.numpy().tobytes() for image in trusted.data.images}
+    assert not known & {image.numpy().tobytes() for image in question.attacked.data.images}
     pruned = files["rbt", "pruned"]["result"]["pruning"]
     shares = [look["pruned"] for look in pruned["curve"]]
     assert shares == sorted(shares)

@@ -259,9 +259,10 @@ class _Expansion:
         assert defense.exposure is not None
         chosen = dict(self.resolved.defenses[name])
         asked = {"cleanser": defense.cleanser, "options": chosen, "seed": seed}
-        asked |= defense.exposure.model_dump(exclude={"trusted_as"})
-        if defense.exposure.trusted_as == "predicted":
-            asked["trusted_as"] = "predicted"
+        # What came later is named only where it is not as it always was: keys of stored stages stay the same.
+        later = {"trusted_as": "labelled", "trusted_from": "training"}
+        chosen_now = defense.exposure.model_dump()
+        asked |= {key: value for key, value in chosen_now.items() if later.get(key) != value}
         return self._stage("expose", asked, known, f"{attack} {name}", profile=name)
 
     def _scanned(

@@ -234,6 +234,8 @@ class ExposureEntry(_Strict):
     ratio: Annotated[float, Field(gt=0)] = 1.0
     trusted_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Of the clean training images, known to the defender."""
+    trusted_from: Literal["training", "test"] = "training"
+    """``test``: as many that the model has not seen, set aside from the test images and not asked about."""
     trusted_as: Literal["labelled", "predicted"] = "labelled"
     """What these count as: what they show, or what the model takes them for, as the images in question do."""
 

@@ -20,6 +20,7 @@ from untrojan.errors import UntrojanError
 if TYPE_CHECKING:
     import torch
 
+    from untrojan.attacks.infect import Infection
     from untrojan.attacks.poisoning import PoisonedData
     from untrojan.data.image_set import ImageSet, Splits
     from untrojan.defenses.scanning.report import ScanReport
@@ -363,8 +364,12 @@ def expose(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     detector = CLEANSERS.build(config["cleanser"], config["options"])
     assert isinstance(detector, ClassCleanser)
     infected = "infected" in place.inputs
-    relabel = config.get("trusted_as") == "predicted"
-    asked = (config["clean"], config["ratio"], config["trusted_share"], config["seed"], relabel)
+    trusted = (
+        config["trusted_share"],
+        config.get("trusted_from") == "test",
+        config.get("trusted_as") == "predicted",
+    )
+    asked = (config["clean"], config["ratio"], trusted, config["seed"])
     model = place.inputs["infected" if infected else "model"]
     question = _question(model, infected, place.inputs["data"], _sources(place), asked)
     if infected:
@@ -383,11 +388,15 @@ def _question(
     from untrojan.metrics.exposure import as_predicted
     from untrojan.models.taps import SDRM_LEVELS, levels_of
 
-    clean, ratio, trusted_share, seed, relabel = asked
-    train, trusted = _known_data(data_folder, dict(sources)).train, None
+    clean, ratio, (trusted_share, unseen, relabel), seed = asked
+    data = _known_data(data_folder, dict(sources))
+    train, trusted, of_each = data.train, None, 0
     if trusted_share:
-        trusted = _thinned(train, max(1, round(trusted_share * int(train.class_counts.max()))))
-    seen = _sorted_test(model, infected, data_folder, sources)
+        of_each = max(1, round(trusted_share * int(train.class_counts.max())))
+        pool = data.test if unseen else train
+        assert pool is not None
+        trusted = _thinned(pool, of_each)
+    seen = _sorted_test(model, infected, data_folder, sources, of_each if unseen else 0)
     if trusted is not None and relabel:
         trusted = as_predicted(seen.model, trusted)
     question = seen.question(clean, ratio, trusted, seed)
@@ -400,29 +409,37 @@ def _question(
 
 @lru_cache(maxsize=1)
 def _sorted_test(
-    model: Path, infected: bool, data_folder: Path, sources: tuple[tuple[str, str], ...]
+    model: Path, infected: bool, data_folder: Path, sources: tuple[tuple[str, str], ...], aside: int
 ) -> SortedTest:
+    """Of the test images but ``aside`` of each class, which the defender has."""
+    import torch
+
+    from untrojan.attacks.poisoning import triggered_test
     from untrojan.metrics.exposure import SortedTest
 
+    test = _known_data(data_folder, dict(sources)).test
+    assert test is not None
+    asked = torch.ones(len(test), dtype=torch.bool)
+    asked[_first_of_each(test, aside)] = False
     if not infected:
-        test = _known_data(data_folder, dict(sources)).test
-        assert test is not None
-        return SortedTest.of_clean(_model(model), test)
-    made, target = _infection(model, data_folder, sources)
-    return SortedTest.of(_model(model), made.test, made.triggered_test, target)
+        return SortedTest.of_clean(_model(model), test.select(asked))
+    made, infection = _infection(model, data_folder, sources)
+    rest = made.test.select(asked)
+    triggered = triggered_test(rest, infection.poisoning(), made.record.trigger)
+    return SortedTest.of(_model(model), rest, triggered, infection.target)
 
 
 @lru_cache(maxsize=1)
 def _infection(
     infected: Path, data_folder: Path, sources: tuple[tuple[str, str], ...]
-) -> tuple[PoisonedData, int]:
-    """The attack that a trainer infected a model with, by data alone, made again, and its target."""
-    from untrojan.attacks.infect import Infection
+) -> tuple[PoisonedData, Infection]:
+    """The attack that a trainer infected a model with, by data alone, made again."""
+    from untrojan.attacks import infect as attacks
     from untrojan.registry import validated
 
     trained = _record(infected)["config"]
-    infection = validated(Infection, trained["infection"], "sdrm")
-    return infection.poisoning()(_known_data(data_folder, dict(sources)), trained["seed"]), infection.target
+    infection = validated(attacks.Infection, trained["infection"], "sdrm")
+    return infection.poisoning()(_known_data(data_folder, dict(sources)), trained["seed"]), infection
 
 
 def prune(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -430,10 +447,10 @@ def prune(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     the most that neuron pruning could do, for no defender knows the trigger."""
     from untrojan.metrics.pruning import pruning_curve, summary
 
-    made, target = _infection(place.inputs["infected"], place.inputs["data"], _sources(place))
+    made, infection = _infection(place.inputs["infected"], place.inputs["data"], _sources(place))
     curve = pruning_curve(
-        _model(place.inputs["infected"]), _thinned(made.test, config["images"]), made.record.trigger, target,
-        config["step"],
+        _model(place.inputs["infected"]), _thinned(made.test, config["images"]), made.record.trigger,
+        infection.target, config["step"],
     )  # fmt: skip
     return {"sections": {"pruning": summary(curve) | {"curve": curve}}}
 
@@ -567,15 +584,18 @@ def _load(settings: tuple[Any, ...]) -> Splits:
 
 def _thinned(images: ImageSet, per_class: int | None) -> ImageSet:
     """At most so many images of each class, always the same ones."""
-    if per_class is None:
-        return images
+    return images if per_class is None else images.select(_first_of_each(images, per_class))
+
+
+def _first_of_each(images: ImageSet, count: int) -> torch.Tensor:
+    """Rows of ``count`` images of each class at most, in a random order that is always the same."""
     import torch
 
     from untrojan.seeding import generator
 
     order = torch.randperm(len(images), generator=generator(0, "subset"))
-    kept = [order[images.labels[order] == label][:per_class] for label in range(images.num_classes)]
-    return images.select(torch.cat(kept).sort().values)
+    kept = [order[images.labels[order] == label][:count] for label in range(images.num_classes)]
+    return torch.cat(kept).sort().values
 
 
 def _fingerprint(splits: Splits) -> str:
