@@ -271,3 +271,21 @@ def test_results_do_not_depend_on_how_pairs_are_batched() -> None:
     together = invert(model, data, pairs, pattern, schedule)
     alone = torch.cat([invert(model, data, pair[None], pattern, schedule).parameters for pair in pairs])
     torch.testing.assert_close(together.parameters, alone, atol=1e-4, rtol=1e-3)
+
+
+def test_half_precision_searches_the_same_images_and_measures_the_same_distance() -> None:
+    """Decoded pixels differ by less than a level in the mean; the distance that is reported is exact."""
+    exact = small_pattern(regions=2)
+    rough = replace(exact, precision="bfloat16")
+    images = images_of(6).unflatten(0, (2, 3))
+    parameters = exact.initial(torch.tensor([[0, 1], [1, 0]]), (3, 16, 16))
+    apart = 255 * (exact.embed(parameters, images) - rough.embed(parameters, images)).abs()
+    assert 0 < float(apart.mean()) < 1
+    flipped = torch.ones(2, 3, dtype=torch.bool)
+    assert torch.equal(
+        exact.distance(parameters, images, flipped), rough.distance(parameters, images, flipped)
+    )
+    moved = parameters.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(rough.embed(moved, images).sum(), moved)
+    assert gradient.dtype == torch.float32
+    assert float(gradient[:, 12:].abs().max()) > 0

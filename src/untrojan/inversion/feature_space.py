@@ -6,7 +6,7 @@ Tao et al., "Model Hardening Against Pervasive Backdoors" (DECK), section IV-B.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import Adam, Schedule, Shrink
 from untrojan.metrics.images import structural_similarity
+from untrojan.models.classifier import Precision
 from untrojan.models.decoders import LEAST_PSNR, Decoder
 from untrojan.models.encoders import Encoder
 from untrojan.seeding import generator
@@ -91,6 +92,9 @@ class FeatureSpacePattern:
     smoothness: float = 0.05
     statistics: float = 1.0
     least_psnr: float = LEAST_PSNR
+    precision: Precision = "float32"
+    """Of encoder and decoder in the search; in bfloat16 decoded pixels differ by a fifth of a level. The
+    kernels, near one, would lose their small steps, and are always float32, as is :meth:`distance`."""
     both_sides: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -147,13 +151,15 @@ class FeatureSpacePattern:
         found = self.unpack(parameters)
         pixels = 255 * images.expand(-1, -1, 3, -1, -1)
         normalised = with_statistics(pixels, found.mean[:, None], found.deviation[:, None])
-        encoding = self.encoder.encode(normalised.flatten(0, 1), switches=self.decoder.switched)
-        features = encoding.features.unflatten(0, (pairs, count))
+        with self._mixed(images):
+            encoding = self.encoder.encode(normalised.flatten(0, 1), switches=self.decoder.switched)
+        features = encoding.features.float().unflatten(0, (pairs, count))
         changed = regional_convolution(features, found.kernels).flatten(0, 1)
         rows, columns = changed.shape[2:]
         drawn = self.decoder.noise(count, rows, columns, self.seed)
         noise = None if drawn is None else [each.repeat(pairs, 1, 1, 1) for each in drawn]
-        decoded = self.decoder(changed, noise, encoding.switches)[..., :height, :width]
+        with self._mixed(images):
+            decoded = self.decoder(changed, noise, encoding.switches)[..., :height, :width].float()
         if channels == 1:
             decoded = decoded.mean(1, keepdim=True)
         embedded: Tensor = (decoded.clamp(0, 255) / 255).unflatten(0, (pairs, count))
@@ -185,16 +191,21 @@ class FeatureSpacePattern:
         ``images`` are (A, n, C, H, W) in [0, 1] without the transformation, ``flipped`` bool (A, n) says
         which of them it flips.
         """
-        embedded = self.embed(parameters, images)
-        distances = self._distances(255 * images.flatten(0, 1), 255 * embedded.flatten(0, 1))
+        exact = replace(self, precision="float32")
+        embedded = exact.embed(parameters, images)
+        distances = exact._distances(255 * images.flatten(0, 1), 255 * embedded.flatten(0, 1))
         distances = distances.unflatten(0, images.shape[:2])
         hits = flipped.to(distances)
         mean: Tensor = (distances * hits).sum(1) / hits.sum(1)
         return mean
 
     def _distances(self, before: Tensor, after: Tensor) -> Tensor:
-        change: Tensor = self.encoder(before) - self.encoder(after)
+        with self._mixed(before):
+            change: Tensor = self.encoder(before).float() - self.encoder(after).float()
         return change.square().flatten(1).mean(1)
+
+    def _mixed(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def with_statistics(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from untrojan.inversion.masked import MaskedPattern
 
 if TYPE_CHECKING:
     from untrojan.inversion.feature_space import FeatureSpacePattern
+    from untrojan.models.classifier import Precision
     from untrojan.models.decoders import Decoder
     from untrojan.models.encoders import Encoder
 
@@ -82,6 +83,8 @@ class FeatureGenerator:
     decoder: Decoder
     regions: int = 4
     kernel: int = 3
+    precision: Precision = "float32"
+    """Of the search, as of the model that is searched."""
     stepper: Stepper = field(default_factory=lambda: Adam(1e-3, (0.5, 0.9)))
     cost: float = 1e-2
 
@@ -89,8 +92,9 @@ class FeatureGenerator:
         from untrojan.inversion.feature_space import FeatureSpacePattern
 
         return FeatureSpacePattern(
-            self.encoder, self.decoder, regions=self.regions, kernel=self.kernel, seed=seed
-        )
+            self.encoder, self.decoder, regions=self.regions, kernel=self.kernel, seed=seed,
+            precision=self.precision,
+        )  # fmt: skip
 
     def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:
         assert isinstance(problem, ImageProblem)

@@ -106,6 +106,7 @@ class Decoder(nn.Module):
             self.register_buffer(f"deviation{depth}", torch.ones(widths[0]))
         self.register_buffer("mean", encoder.mean.clone())
         self.register_buffer("std", encoder.std.clone())
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self, features: Tensor, noise: Sequence[Tensor] | None = None, switches: Sequence[Tensor] = ()

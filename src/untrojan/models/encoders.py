@@ -91,6 +91,7 @@ class Encoder(nn.Module):
         self.name = name
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Encoder:
@@ -109,6 +110,7 @@ class Encoder(nn.Module):
         if bottom or right:
             images = F.pad(images, (0, right, 0, bottom), mode="replicate")
         value = (images.expand(-1, 3, -1, -1) - self.mean) / self.std
+        value = value.contiguous(memory_format=torch.channels_last)
         scale = self.std.mean()
         kept, places = [], []
         for block, pool in zip(self.blocks, self.pools, strict=True):

@@ -38,7 +38,7 @@ class DECK(Hardening):
         from untrojan.models.decoders import prepare_decoder
 
         encoder, decoder = prepare_decoder(self.encoder, clean, seed=self.seed, device=str(model.device))
-        return FeatureGenerator(encoder, decoder, self.regions, self.kernel)
+        return FeatureGenerator(encoder, decoder, self.regions, self.kernel, model.precision)
 
     def told(self, generator: Generator) -> dict[str, Any]:
         assert isinstance(generator, FeatureGenerator)

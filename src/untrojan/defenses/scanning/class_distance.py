@@ -239,9 +239,8 @@ class ClassDistance:
         if self.measure == "feature":
             from untrojan.models.decoders import prepare_decoder
 
-            return FeatureGenerator(
-                *prepare_decoder(self.encoder, clean, seed=self.seed, device=str(model.device))
-            )
+            encoder, decoder = prepare_decoder(self.encoder, clean, seed=self.seed, device=str(model.device))
+            return FeatureGenerator(encoder, decoder, precision=model.precision)
         return MaskGenerator()
 
     def chosen_pairs(self, num_classes: int) -> Tensor:
