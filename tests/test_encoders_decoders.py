@@ -41,7 +41,8 @@ def random_encoder(stages: int = 1, seed: int = 0) -> Encoder:
 def test_gaussian_and_zero_upsampling_keep_the_top_left_entries() -> None:
     features, deviation = torch.randn(2, 3, 4, 5), torch.tensor([0.0, 1.0, 10.0])
     torch.manual_seed(0)
-    gaussian = upsample(features.expand(400, -1, -1, -1, -1).flatten(0, 1), "gaussian", deviation)
+    noise = torch.randn(800, 3, 8, 10) * deviation[:, None, None]
+    gaussian = upsample(features.expand(400, -1, -1, -1, -1).flatten(0, 1), "gaussian", noise)
     kept = gaussian[..., ::2, ::2].unflatten(0, (400, 2))
     assert torch.equal(kept, features.expand(400, -1, -1, -1, -1))
     others = torch.cat([gaussian[..., 1::2, :].flatten(2), gaussian[..., ::2, 1::2].flatten(2)], 2)
@@ -49,9 +50,22 @@ def test_gaussian_and_zero_upsampling_keep_the_top_left_entries() -> None:
     torch.testing.assert_close(
         others.mean((0, 2)) / deviation.clamp_min(1), torch.zeros(3), rtol=0, atol=0.02
     )
+    drawn = upsample(torch.zeros(50, 3, 4, 5), "gaussian")[..., 1::2, :]
+    assert float(drawn.std()) == pytest.approx(1, rel=0.05)
     zero = upsample(features, "zero")
     assert torch.equal(zero[..., ::2, ::2], features)
     assert float(zero.abs().sum()) == pytest.approx(float(features.abs().sum()), rel=1e-5)
+
+
+def test_few_maps_of_noise_serve_many_features_by_turns_and_pass_their_gradient_on() -> None:
+    features, noise = torch.randn(6, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 8, 10)
+    made = upsample(features, "gaussian", noise)
+    again = upsample(features, "gaussian", noise.repeat(3, 1, 1, 1))
+    assert torch.equal(made, again)
+    assert torch.equal(made[4, :, 1::2], noise[0, :, 1::2])
+    weights = torch.randn(made.shape)
+    (gradient,) = torch.autograd.grad((made * weights).sum(), features)
+    assert torch.equal(gradient, weights[..., ::2, ::2])
 
 
 def test_nearest_and_swwae_invert_what_they_can() -> None:

@@ -156,10 +156,11 @@ class FeatureSpacePattern:
         features = encoding.features.float().unflatten(0, (pairs, count))
         changed = regional_convolution(features, found.kernels).flatten(0, 1)
         rows, columns = changed.shape[2:]
-        drawn = self.decoder.noise(count, rows, columns, self.seed)
-        noise = None if drawn is None else [each.repeat(pairs, 1, 1, 1) for each in drawn]
+        noise = self.decoder.noise(count, rows, columns, self.seed)
         with self._mixed(images):
-            decoded = self.decoder(changed, noise, encoding.switches)[..., :height, :width].float()
+            # What the decoder's first layer would do to a map four times as large.
+            given = changed.bfloat16() if self.precision == "bfloat16" else changed
+            decoded = self.decoder(given, noise, encoding.switches)[..., :height, :width].float()
         if channels == 1:
             decoded = decoded.mean(1, keepdim=True)
         embedded: Tensor = (decoded.clamp(0, 255) / 255).unflatten(0, (pairs, count))

@@ -41,18 +41,14 @@ _NOISE_FLOATS = 1 << 24
 
 
 def upsample(
-    features: Tensor,
-    how: Upsampling,
-    deviation: Tensor | None = None,
-    noise: Tensor | None = None,
-    switches: Tensor | None = None,
+    features: Tensor, how: Upsampling, noise: Tensor | None = None, switches: Tensor | None = None
 ) -> Tensor:
     """(N, C, H, W) to (N, C, 2H, 2W): the inverse of a pooling, as far as there is one.
 
-    ``gaussian`` and ``zero`` put each value top left in its 2x2 square. The other three are drawn from
-    N(0, deviation^2), ``deviation`` (C,), or are zero; ``noise`` (N, C, 2H, 2W) are the standard normal
-    numbers to take, drawn from torch's global generator where they are not given. ``nearest`` fills the
-    square; ``swwae`` puts the value where ``switches`` say the maximum was.
+    ``gaussian`` and ``zero`` put each value top left in its 2x2 square. The other three are ``noise``'s
+    (n, C, 2H, 2W), whose n maps serve N by turns, standard normal numbers from torch's global generator where
+    it is not given; or zero. ``nearest`` fills the square; ``swwae`` puts the value where ``switches`` say
+    the maximum was.
     """
     count, channels, height, width = features.shape
     if how == "nearest":
@@ -61,14 +57,34 @@ def upsample(
         assert switches is not None
         return F.max_unpool2d(features, switches, [2, 2])
     if how == "zero":
-        filled = features.new_zeros(count, channels, 2 * height, 2 * width)
-    else:
-        assert deviation is not None
-        if noise is None:
-            noise = torch.randn(count, channels, 2 * height, 2 * width, device=features.device)
-        filled = noise * deviation.view(1, -1, 1, 1)
-    filled[..., ::2, ::2] = features
+        noise = features.new_zeros(1, channels, 1, 1)
+    elif noise is None:
+        noise = torch.randn(count, channels, 2 * height, 2 * width, device=features.device)
+    filled: Tensor = _TopLeft.apply(features, noise)  # type: ignore[no-untyped-call]
     return filled
+
+
+class _TopLeft(torch.autograd.Function):
+    """Features (N, ...) in every other row and column of backgrounds (n, ...) that serve them by turns.
+
+    Autograd's own way with such an assignment copies the whole map forth and back, for a gradient of the
+    background that nobody asks for.
+    """
+
+    @staticmethod
+    def forward(ctx: object, features: Tensor, background: Tensor) -> Tensor:
+        count, channels, height, width = features.shape
+        filled = torch.empty(
+            (count, channels, 2 * height, 2 * width), dtype=features.dtype, device=features.device,
+            memory_format=torch.channels_last,
+        )  # fmt: skip
+        filled.unflatten(0, (-1, len(background))).copy_(background)
+        filled[..., ::2, ::2] = features
+        return filled
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0][..., ::2, ::2], None
 
 
 class Decoder(nn.Module):
@@ -113,21 +129,23 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Images (N, 3, f H, f W) on the 0..255 scale, not clipped, of features (N, C', H, W).
 
-        ``noise`` is :meth:`noise`'s, for each stage (1 or N, C, ...); ``switches`` are the encoder's.
+        ``noise`` is :meth:`noise`'s, for each stage (n, C, ...), whose n maps serve N by turns; ``switches``
+        are the encoder's.
         """
         value = features
         for index, stage in enumerate(self.stages):
             depth = len(self.stages) - 1 - index
             deviation = self.deviation(depth)
-            chosen = None if noise is None else noise[index]
-            if chosen is not None:
-                chosen = chosen.expand(len(value), -1, -1, -1)
-            place = switches[depth] if switches else None
             # Features of pixel levels, weights of order one: a channel's deviation lies between.
-            value = stage(
-                upsample(value, self.upsampling, deviation, chosen, place)
-                / deviation.clamp_min(1e-3)[:, None, None]
-            )
+            unit = deviation.clamp_min(1e-3)
+            chosen = None
+            if self.upsampling == "gaussian":
+                shape = (len(value), len(unit), 2 * value.shape[2], 2 * value.shape[3])
+                chosen = torch.randn(shape, device=value.device) if noise is None else noise[index]
+                chosen = chosen * (deviation / unit)[:, None, None]
+            place = switches[depth] if switches else None
+            scaled = (value / unit[:, None, None]).to(value.dtype)
+            value = stage(upsample(scaled, self.upsampling, chosen, place))
             value = (
                 value * self.deviation(depth - 1)[:, None, None] if depth else value * self.std + self.mean
             )
