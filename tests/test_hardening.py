@@ -191,7 +191,7 @@ def test_batch_norm_goes_on_learning_through_the_inversions(
     monkeypatch: pytest.MonkeyPatch, trained: tuple[Classifier, ImageSet, ImageSet]
 ) -> None:
     _, clean, _ = trained
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
