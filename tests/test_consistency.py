@@ -16,6 +16,7 @@ from untrojan.defenses.cleansing.consistency import (
     VIEWS,
     Consistency,
     limit_for_every_class,
+    limit_of,
     margins_in_views,
     strangeness,
 )
@@ -128,13 +129,26 @@ def test_the_limit_holds_for_every_class() -> None:
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(4).repeat_interleave(1000)
     scores = torch.rand(4000, generator=random) * (1 + labels)
-    limit = limit_for_every_class(scores, labels, 0.95)
+    limit = limit_for_every_class(scores, labels, 0.05)
     assert limit == pytest.approx(4 * 0.95, abs=0.05)
     few = labels.clone()
     few[3990:] = 4
-    assert limit_for_every_class(scores, few, 0.95) == pytest.approx(limit, abs=0.02)
+    assert limit_for_every_class(scores, few, 0.05) == pytest.approx(limit, abs=0.02)
     alone = torch.arange(4000)
-    assert limit_for_every_class(scores, alone, 0.95) == pytest.approx(float(scores.quantile(0.95)))
+    assert limit_for_every_class(scores, alone, 0.05) == pytest.approx(float(scores.quantile(0.95)), rel=0.01)
+
+
+@pytest.mark.parametrize("count", [20, 39, 100, 101])
+def test_a_limit_of_few_images_holds_for_further_ones(count: int) -> None:
+    """At most 5 % of further images exceed it, and nearly that: floor of (m + 1)/20 of m + 1."""
+    scores = torch.rand(4000, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    limits = torch.tensor([limit_of(each, 0.05) for each in scores])
+    # Uniform scores: what exceeds a limit is what is left above it.
+    promised = math.floor((count + 1) * 0.05 + 1e-9) / (count + 1)
+    assert float((1 - limits).mean()) == pytest.approx(promised, abs=0.003)
+    assert promised <= 0.05
+    assert limit_of(scores[0, :18], 0.05) == math.inf
+    assert math.isfinite(limit_of(scores[0, :19], 0.05))
 
 
 def test_trusted_images_set_the_limit() -> None:
@@ -146,9 +160,9 @@ def test_trusted_images_set_the_limit() -> None:
 
 
 def test_each_class_has_its_own_trusted_limit() -> None:
-    """Clean images of every class exceed it about as often as the quantile says, which they do not where one
-    limit has to hold in all other classes."""
-    method = Consistency(quantile=0.8)
+    """Clean images of every class exceed it about as often as promised, which they do not where one limit has
+    to hold in all other classes."""
+    method = Consistency(false_suspects=0.2)
     own, others = torch.zeros(CLASSES), torch.zeros(CLASSES)
     rounds = 6
     for seed in range(rounds):

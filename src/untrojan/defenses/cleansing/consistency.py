@@ -30,7 +30,7 @@ from untrojan.progress import task
 CERTAIN = 12.0
 """ln odds beyond which a network is certain: how far beyond says nothing."""
 FEWEST_A_CLASS = 20
-"""Images of a class below which its quantiles are chance."""
+"""Images of a class below which its limit is chance."""
 RIDGE = 1e-3
 """Of the mean variance, added to every direction of a covariance."""
 
@@ -119,12 +119,28 @@ def strangeness(margins: Tensor, clean: Tensor) -> Tensor:
     return distances.float()
 
 
-def limit_for_every_class(scores: Tensor, labels: Tensor, quantile: float) -> float:
-    """The largest of the classes' own quantiles of clean images' scores (m,) with labels (m,), for classes
+def limit_of(scores: Tensor, share: float) -> float:
+    """What one more score, drawn as ``scores`` (m,) were, exceeds with a chance of ``share`` at most.
+
+    The ceil((m + 1)(1 - ``share``))th smallest, as in split conformal prediction (Vovk, Gammerman & Shafer,
+    2005): the plain quantile of a hundred is exceeded by 5.9 % where 5 are promised. Infinite for so few
+    scores that no limit could hold.
+    """
+    place = math.ceil((len(scores) + 1) * (1 - share) - 1e-9)
+    return math.inf if place > len(scores) else float(scores.sort().values[place - 1])
+
+
+def fewest_for(share: float) -> int:
+    """Images of a class that a limit of its own takes."""
+    return max(FEWEST_A_CLASS, math.ceil(1 / share - 1 - 1e-9))
+
+
+def limit_for_every_class(scores: Tensor, labels: Tensor, share: float) -> float:
+    """The largest of the classes' own limits of clean images' scores (m,) with labels (m,), for classes
     differ in how well they bear views; that of all scores where no class has :data:`FEWEST_A_CLASS`."""
     of_class = [scores[labels == label] for label in labels.unique()]
-    enough = [each for each in of_class if len(each) >= FEWEST_A_CLASS] or [scores]
-    return max(float(each.quantile(quantile)) for each in enough)
+    enough = [each for each in of_class if len(each) >= fewest_for(share)] or [scores]
+    return max(limit_of(each, share) for each in enough)
 
 
 @dataclass(frozen=True)
@@ -142,9 +158,9 @@ class Consistency(JointClassCleanser):
     expected: Literal["class", "all"] = "class"
     """A class's clean images are expected around its own median, for which poison must be a minority, or
     around that of all classes, which are then taken to bear the views alike."""
-    quantile: Annotated[float, Interval(gt=0.5, lt=1)] = 0.95
-    """Of clean images' strangeness: images that are stranger than this quantile of their own class's trusted
-    images are suspects, or than that of each other class where few or none are trusted."""
+    false_suspects: Annotated[float, Interval(gt=0, lt=0.5)] = 0.05
+    """The share of clean images that may be suspected: of their own class where enough of its images are
+    trusted, else of each other class. Suspects are stranger than all but so many."""
     images_a_forward: Annotated[int, Ge(1)] = 512
     significance: Annotated[float, Interval(gt=0, lt=1)] = 0.05
     seed: int = 0
@@ -166,7 +182,8 @@ class Consistency(JointClassCleanser):
             judging = known.labels != (label if trusted is None else -1)
             if int(own.sum()) >= self.fewest and int(judging.sum()) > 1:
                 limiting = judging
-                if trusted is not None and int((known.labels == label).sum()) >= FEWEST_A_CLASS:
+                enough = fewest_for(self.false_suspects)
+                if trusted is not None and int((known.labels == label).sum()) >= enough:
                     limiting = known.labels == label
                 limit = self._limit(clean, known.labels, judging, limiting)
                 found[label] = self._finding(apart[own], clean[judging], limit)
@@ -175,7 +192,7 @@ class Consistency(JointClassCleanser):
     def _limit(self, clean: Tensor, labels: Tensor, judging: Tensor, limiting: Tensor) -> float:
         """The strangeness that few of the images ``limiting`` exceed, seen from those ``judging``."""
         strange = strangeness(clean[limiting], clean[judging])
-        return limit_for_every_class(strange, labels[limiting], self.quantile)
+        return limit_for_every_class(strange, labels[limiting], self.false_suspects)
 
     def _margins(self, model: Classifier, images: ImageSet) -> Tensor:
         margins = margins_in_views(model, images.images, images.labels, self.images_a_forward)
