@@ -139,6 +139,28 @@ def test_nothing_is_dropped_where_there_are_no_two_groups() -> None:
     assert accuracy(report.model) == 1.0
 
 
+def test_layers_that_tell_nothing_apart_do_not_drown_those_that_do() -> None:
+    """The released sum takes an early layer's noise for as much as a late one's answer to the trigger."""
+    random = torch.Generator().manual_seed(0)
+    poisoned = torch.arange(2000) < 100
+    sure = torch.where(poisoned, TARGET, torch.arange(2000) % CLASSES)
+    probabilities = torch.full((2000, CLASSES), 0.01).scatter(1, sure[:, None], 0.97)
+    early, late = torch.randn(2, 2000, 1, generator=random)
+    early[0] = 30
+    late[poisoned] += 12
+    activations = {"early": 5 * early, "late": late}
+    released = NONE(layer_separation=0.0).judge(activations, probabilities)
+    assert released.separation < 3
+    assert float(released.suspects[~poisoned].float().mean()) > 0.2
+    ours = NONE().judge(activations, probabilities)
+    assert ours.separation > 3
+    assert torch.equal(ours.suspects, poisoned)
+    assert ours.compromised.keys() == released.compromised.keys() == {"early", "late"}
+    alone = NONE().judge({"early": 5 * early}, probabilities)
+    assert (alone.separation, bool(alone.suspects.any())) == (0.0, False)
+    assert "early" in alone.compromised
+
+
 def test_as_printed_linear_channels_split_the_images() -> None:
     model, data = backdoored(), poisoned_blocks()
     first = model.network[0]  # type: ignore[index]

@@ -114,9 +114,10 @@ class NONE:
     group that lie ``deviations`` beyond the lower group's mean are dropped; channels are initialised anew.
 
     The code always splits, so it is told whether the data are poisoned. A defender is not: images are dropped
-    only where two groups are really there (``separation``). That is ours. The paper's threshold of .95, "the
-    standard value that evaluates the quality of such separation", may mean the goodness of variance fit; with
-    one image in a hundred poisoned that is .65, all of them told apart, and as much with none poisoned.
+    only where two groups are really there (``separation``), and layers that do not tell them apart have no
+    say in it (``layer_separation``). That is ours. The paper's threshold of .95, "the standard value that
+    evaluates the quality of such separation", may mean the goodness of variance fit; with one image in a
+    hundred poisoned that is .65, all of them told apart, and as much with none poisoned.
     """
 
     mode: Mode = "released"
@@ -127,6 +128,10 @@ class NONE:
     """lambda, not stated in the paper."""
     separation: Annotated[float, Ge(0)] = 3.0
     """Images are dropped only from groups at least so far apart, see :class:`Split`."""
+    layer_separation: Annotated[float, Ge(0)] = 2.0
+    """Of the layers' worst channels, only those that alone have the images so far apart are summed, each in
+    units of its own groups' distance: early layers answer to much, and would drown the rest. 0 sums all of
+    them as they are, which is the released code's way."""
     epochs: Annotated[int, Ge(1)] = 20
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     seed: int = 0
@@ -214,7 +219,7 @@ class NONE:
         return analysis.suspects if apart else torch.zeros_like(analysis.suspects)
 
     def _released(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
-        compromised, excitement = {}, torch.zeros(len(probabilities))
+        compromised, excitement = {}, torch.zeros(len(probabilities), dtype=torch.float64)
         for path, values in activations.items():
             scores = linearity_scores(values, probabilities)
             worst = scores.argsort(descending=True)[: math.ceil(self.share * len(scores))]
@@ -222,9 +227,20 @@ class NONE:
             if float(scores[worst[0]]) == 0:
                 continue
             compromised[path] = worst[scores[worst] > 0]
-            excitement += values[:, worst[0]]
+            excitement += self._excitement(values[:, worst[0]].double())
         split = two_groups(excitement)
         return Analysis(compromised, excitement > split.at, split.separation)
+
+    def _excitement(self, values: Tensor) -> Tensor:
+        """What a layer's worst channel (N,) adds to the sum by which images are split."""
+        if self.layer_separation == 0:
+            return values
+        split = two_groups(values)
+        if split.separation < self.layer_separation:
+            return torch.zeros_like(values)
+        upper = values > split.at
+        lowest, highest = values[~upper].mean(), values[upper].mean()
+        return (values - lowest) / (highest - lowest)
 
     def _paper(self, activations: dict[str, Tensor]) -> Analysis:
         suspects, best = torch.zeros(len(next(iter(activations.values()))), dtype=torch.bool), 0.0
