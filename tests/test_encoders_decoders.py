@@ -50,8 +50,6 @@ def test_gaussian_and_zero_upsampling_keep_the_top_left_entries() -> None:
     torch.testing.assert_close(
         others.mean((0, 2)) / deviation.clamp_min(1), torch.zeros(3), rtol=0, atol=0.02
     )
-    drawn = upsample(torch.zeros(50, 3, 4, 5), "gaussian")[..., 1::2, :]
-    assert float(drawn.std()) == pytest.approx(1, rel=0.05)
     zero = upsample(features, "zero")
     assert torch.equal(zero[..., ::2, ::2], features)
     assert float(zero.abs().sum()) == pytest.approx(float(features.abs().sum()), rel=1e-5)

@@ -260,9 +260,9 @@ class _Expansion:
         chosen = dict(self.resolved.defenses[name])
         asked = {"cleanser": defense.cleanser, "options": chosen, "seed": seed}
         # What came later is named only where it is not as it always was: keys of stored stages stay the same.
-        later = {"trusted_as": "labelled", "trusted_from": "training"}
-        chosen_now = defense.exposure.model_dump()
-        asked |= {key: value for key, value in chosen_now.items() if later.get(key) != value}
+        later = {"trusted_as", "trusted_from"}
+        asked |= defense.exposure.model_dump(exclude=later)
+        asked |= defense.exposure.model_dump(include=later, exclude_defaults=True)
         return self._stage("expose", asked, known, f"{attack} {name}", profile=name)
 
     def _scanned(

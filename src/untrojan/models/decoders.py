@@ -46,20 +46,17 @@ def upsample(
     """(N, C, H, W) to (N, C, 2H, 2W): the inverse of a pooling, as far as there is one.
 
     ``gaussian`` and ``zero`` put each value top left in its 2x2 square. The other three are ``noise``'s
-    (n, C, 2H, 2W), whose n maps serve N by turns, standard normal numbers from torch's global generator where
-    it is not given; or zero. ``nearest`` fills the square; ``swwae`` puts the value where ``switches`` say
-    the maximum was.
+    (n, C, 2H, 2W), whose n maps serve N by turns, or zero. ``nearest`` fills the square; ``swwae`` puts the
+    value where ``switches`` say the maximum was.
     """
-    count, channels, height, width = features.shape
     if how == "nearest":
         return F.interpolate(features, scale_factor=2, mode="nearest")
     if how == "swwae":
         assert switches is not None
         return F.max_unpool2d(features, switches, [2, 2])
     if how == "zero":
-        noise = features.new_zeros(1, channels, 1, 1)
-    elif noise is None:
-        noise = torch.randn(count, channels, 2 * height, 2 * width, device=features.device)
+        noise = features.new_zeros(1, features.shape[1], 1, 1)
+    assert noise is not None
     filled: Tensor = _TopLeft.apply(features, noise)  # type: ignore[no-untyped-call]
     return filled
 
@@ -129,8 +126,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Images (N, 3, f H, f W) on the 0..255 scale, not clipped, of features (N, C', H, W).
 
-        ``noise`` is :meth:`noise`'s, for each stage (n, C, ...), whose n maps serve N by turns; ``switches``
-        are the encoder's.
+        ``noise`` is :meth:`noise`'s, for each stage (n, C, ...), whose n maps serve N by turns, drawn from
+        torch's global generator where it is not given; ``switches`` are the encoder's.
         """
         value = features
         for index, stage in enumerate(self.stages):
