@@ -41,6 +41,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["UNTROJAN_CACHE"] = before
 
 
+@pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed precision is used whatever the processor has; a small net can afford it."""
+    from untrojan.models import precision
+
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device_type: True)
+
+
 @dataclass(frozen=True)
 class Backdoored:
     """A small net that has learned a patch as the way to class 1, and what a defender has to mend it."""

@@ -22,7 +22,8 @@ from torch import Tensor
 from untrojan.errors import UntrojanError
 from untrojan.models import registry
 from untrojan.models.checkpoints import load_checkpoint, save_checkpoint
-from untrojan.models.classifier import Classifier, Precision, logits_of
+from untrojan.models.classifier import Classifier, logits_of
+from untrojan.models.precision import Precision
 
 NAMES = ("plane", "<b>ship</b>", "Lärm 船")
 SHAPE = (3, 20, 20)

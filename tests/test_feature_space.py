@@ -273,6 +273,7 @@ def test_results_do_not_depend_on_how_pairs_are_batched() -> None:
     torch.testing.assert_close(together.parameters, alone, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("with_bfloat16")
 def test_half_precision_searches_the_same_images_and_measures_the_same_distance() -> None:
     """Decoded pixels differ by less than a level in the mean; the distance that is reported is exact."""
     exact = small_pattern(regions=2)

@@ -89,6 +89,7 @@ def test_no_activation_is_in_place_and_each_runs_once(name: str) -> None:
     assert all(call.run == 0 for call in _trace(model, torch.rand(1, 3, 32, 32)))
 
 
+@pytest.mark.usefixtures("with_bfloat16")
 @pytest.mark.parametrize("name", registry.names())
 def test_a_faint_pattern_survives_the_stem_under_mixed_precision(name: str) -> None:
     images = torch.randint(0, 254, (4, 3, 32, 32)).float() / 255
@@ -200,6 +201,7 @@ def test_a_frozen_copy_of_a_users_network_computes_the_same(network: type[nn.Mod
     torch.testing.assert_close(frozen(model)(images), model(images))
 
 
+@pytest.mark.usefixtures("with_bfloat16")
 @pytest.mark.parametrize("name", ["resnet18-compact", "preact-resnet18", "densenet"])
 def test_no_residual_stream_stays_in_float32_under_mixed_precision(name: str) -> None:
     model = small(name, precision="bfloat16")
@@ -356,3 +358,17 @@ def test_wrapping_a_network_twice_changes_no_second_layer() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     keep_stem_in_float32(keep_stem_in_float32(network))
     assert [isinstance(layer, Float32Conv2d) for layer in network] == [True, False]
+
+
+def test_a_narrow_strided_projection_computes_the_same_and_has_gradients() -> None:
+    """On processors without AVX-512 the plain one's backward pass is a segmentation fault."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 1, stride=2))
+    images = torch.rand(2, 3, 8, 8)
+    wanted, weight = network(images).detach(), network[1].weight
+    wrapped = Classifier(nn.Sequential(network, nn.Flatten()), 128, torch.zeros(3), torch.ones(3))
+    found = wrapped(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, wanted.flatten(1))
+    found.sum().backward()
+    assert network[1].weight is weight
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0

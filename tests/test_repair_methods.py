@@ -243,7 +243,10 @@ class Skipping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        convolution = nn.Conv2d(3, 4, 3)
+        # Alive, or it would make no difference who reads them.
+        nn.init.ones_(convolution.bias)  # type: ignore[arg-type]
+        self.block = nn.Sequential(convolution, nn.ReLU())
         self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
 
     def forward(self, images: Tensor) -> Tensor:

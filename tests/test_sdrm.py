@@ -356,6 +356,7 @@ def test_a_network_without_the_level_is_a_clear_error() -> None:
     replace(PAPER, levels=("s2", "s3"))(shallow, infected("paper"), replace(QUICK, epochs=1))
 
 
+@pytest.mark.usefixtures("with_bfloat16")
 def test_features_are_compared_in_float32_under_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
 

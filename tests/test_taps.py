@@ -232,6 +232,7 @@ def test_unknown_and_missing_levels_say_what_there_is() -> None:
         taps["s3"]
 
 
+@pytest.mark.usefixtures("with_bfloat16")
 def test_mixed_precision_features_come_as_float32() -> None:
     model = built("cnn@0.25")
     model.precision = "bfloat16"

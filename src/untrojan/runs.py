@@ -315,8 +315,11 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """What it ran on: processor, cores it may use, threads, memory in GiB, the GPU where there is one."""
+    """What it ran on: processor, cores it may use, threads, memory in GiB, the GPU where there is one, and
+    whether models of mixed precision ran in it."""
     import torch
+
+    from untrojan.models.precision import has_bfloat16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -326,6 +329,7 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "bfloat16": has_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
     }
 
 

@@ -47,7 +47,10 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(min=0, help="The peak, for one_cycle.")] = None,
     optimizer: Annotated[Literal["adam", "sgd"] | None, typer.Option()] = None,
     lr_schedule: Annotated[Literal["constant", "one_cycle", "steps"] | None, typer.Option()] = None,
-    precision: Annotated[Literal["float32", "bfloat16"] | None, typer.Option()] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="bfloat16: mixed precision where the hardware has it, float32 elsewhere."),
+    ] = None,
     augment: Annotated[
         bool | None, typer.Option("--augment/--no-augment", help="--no-augment: no crops, flips, rotations.")
     ] = None,

@@ -16,9 +16,9 @@ from torch import Tensor
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import Adam, Schedule, Shrink
 from untrojan.metrics.images import structural_similarity
-from untrojan.models.classifier import Precision
 from untrojan.models.decoders import LEAST_PSNR, Decoder
 from untrojan.models.encoders import Encoder
+from untrojan.models.precision import Precision, autocast, is_mixed
 from untrojan.seeding import generator
 
 STATISTICS_UNIT = 2550.0
@@ -151,15 +151,15 @@ class FeatureSpacePattern:
         found = self.unpack(parameters)
         pixels = 255 * images.expand(-1, -1, 3, -1, -1)
         normalised = with_statistics(pixels, found.mean[:, None], found.deviation[:, None])
-        with self._mixed(images):
+        with autocast(self.precision, images.device):
             encoding = self.encoder.encode(normalised.flatten(0, 1), switches=self.decoder.switched)
         features = encoding.features.float().unflatten(0, (pairs, count))
         changed = regional_convolution(features, found.kernels).flatten(0, 1)
         rows, columns = changed.shape[2:]
         noise = self.decoder.noise(count, rows, columns, self.seed)
-        with self._mixed(images):
+        with autocast(self.precision, images.device):
             # What the decoder's first layer would do to a map four times as large.
-            given = changed.bfloat16() if self.precision == "bfloat16" else changed
+            given = changed.bfloat16() if is_mixed(self.precision, images.device) else changed
             decoded = self.decoder(given, noise, encoding.switches)[..., :height, :width].float()
         if channels == 1:
             decoded = decoded.mean(1, keepdim=True)
@@ -201,12 +201,9 @@ class FeatureSpacePattern:
         return mean
 
     def _distances(self, before: Tensor, after: Tensor) -> Tensor:
-        with self._mixed(before):
+        with autocast(self.precision, before.device):
             change: Tensor = self.encoder(before).float() - self.encoder(after).float()
         return change.square().flatten(1).mean(1)
-
-    def _mixed(self, images: Tensor) -> torch.autocast:
-        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def with_statistics(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

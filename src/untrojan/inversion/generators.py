@@ -17,9 +17,9 @@ from untrojan.inversion.masked import MaskedPattern
 
 if TYPE_CHECKING:
     from untrojan.inversion.feature_space import FeatureSpacePattern
-    from untrojan.models.classifier import Precision
     from untrojan.models.decoders import Decoder
     from untrojan.models.encoders import Encoder
+    from untrojan.models.precision import Precision
 
 
 class Generator(Protocol):

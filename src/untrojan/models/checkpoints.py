@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from untrojan.errors import UntrojanError
-from untrojan.models.classifier import Classifier, Precision, evaluating
+from untrojan.models.classifier import Classifier, evaluating
+from untrojan.models.precision import Precision
 from untrojan.models.registry import build, is_user_code
 
 FORMAT_VERSION = 1

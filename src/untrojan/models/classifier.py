@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from untrojan.cost import count_pass
 from untrojan.data.image_set import ImageSet
-
-Precision = Literal["float32", "bfloat16"]
+from untrojan.models.precision import Precision, autocast
 
 
 class Classifier(nn.Module):
@@ -39,7 +38,7 @@ class Classifier(nn.Module):
         """``mean`` and ``std`` are (C,), over pixels in [0, 1]; ``architecture`` is the registry's name;
         ``image_shape`` is the (C, H, W) the network was built for, where it is known."""
         super().__init__()
-        self.network = keep_stem_in_float32(network)
+        self.network = skip_before_narrow_projections(keep_stem_in_float32(network))
         self.num_classes = num_classes
         self.architecture = architecture
         self.precision: Precision = precision
@@ -50,8 +49,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """float32 (N, C, H, W) in [0, 1] to float32 logits (N, K)."""
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        mixed = self.precision == "bfloat16"
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=mixed):
+        with autocast(self.precision, images.device):
             logits: Tensor = self.network(normalised)
         logits = logits.float()
         count_pass(images, logits)
@@ -68,6 +66,14 @@ class Float32Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.float())
+
+
+class SkippingConv2d(nn.Conv2d):
+    """A strided 1x1 convolution as an unstrided one of every so manieth pixel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
 
 
 class Float32Linear(nn.Linear):
@@ -90,6 +96,21 @@ def keep_stem_in_float32(network: nn.Module) -> nn.Module:
         if type(module) is nn.Linear:
             module.__class__ = Float32Linear
             break
+    return network
+
+
+def skip_before_narrow_projections(network: nn.Module) -> nn.Module:
+    """Make strided 1x1 convolutions of fewer than eight channels skip pixels first. Weights and names stay.
+
+    On processors without AVX-512 the gradient of their weights ends the process: oneDNN 3 writes past its
+    buffer there, with channels last.
+    """
+    for module in network.modules():
+        # Only plain layers: a subclass may have a forward of its own, which must be kept.
+        if type(module) is not nn.Conv2d or module.in_channels >= 8 or module.groups > 1:
+            continue
+        if module.kernel_size == (1, 1) and module.stride != (1, 1) and module.padding == (0, 0):
+            module.__class__ = SkippingConv2d
     return network
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from untrojan.data.image_set import ImageSet
-    from untrojan.models.classifier import Classifier, Precision
+    from untrojan.models.classifier import Classifier
+    from untrojan.models.precision import Precision
 
 Factory = Callable[..., "nn.Module"]
 

@@ -40,4 +40,5 @@ class Recipe:
     rotation: Annotated[float, Interval(ge=0, le=180)] = 0.0
     """Random rotation of up to this many degrees either way."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16`` runs all but the input and the first layer in mixed precision."""
+    """``bfloat16`` runs all but the input and the first layer in mixed precision where the hardware has it,
+    and in float32 elsewhere: :mod:`untrojan.models.precision`."""
