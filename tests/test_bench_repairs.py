@@ -78,7 +78,19 @@ def test_repairs_share_the_victim_and_get_the_cells_seed(tmp_path: Path) -> None
     assert cells["signs/small/clean/finetune/1"].stages["repair"].config["seed"] == 6
     assert bare.stages["repair"].config["share"] == 0.05
     assert set(bare.stages) == {"data", "undefended", "clean_model", "repair", "repaired"}
-    assert "effects" in mended.stages
+    assert mended.stages["effects"].inputs["defended"].key == mended.stages["repair"].key
+
+
+def test_a_repair_after_a_training_defence_mends_what_that_made(tmp_path: Path) -> None:
+    robust = '[defenses.robust]\ntraining = "pgd"\n[defenses.clp]\nafter = "robust"'
+    plan = PLAN.replace("[defenses.clp]", robust)
+    cells = {cell.name: cell for cell in expand(read_plan(written(tmp_path, plan)))}
+    mended, trained = (cells[f"signs/small/blend/{name}/1"] for name in ("clp", "robust"))
+    victim = mended.stages["repair"].inputs["victim"]
+    assert (victim.kind, victim.key) == ("defend", trained.stages["defense"].key)
+    # It is what the repair's costs are counted from.
+    assert mended.stages["undefended"].key == trained.stages["defended"].key
+    assert mended.stages["repaired"].inputs["model"].key == mended.stages["repair"].key
 
 
 @pytest.mark.parametrize(
@@ -87,7 +99,9 @@ def test_repairs_share_the_victim_and_get_the_cells_seed(tmp_path: Path) -> None
         ('repair = "clp"', 'repair = "clap"', "defenses.clp: unknown repair 'clap'.*moth"),
         ("epochs = 1 }", "epoch = 1 }", "defenses.finetune: .*no option 'epoch'"),
         ('repair = "clp"', 'repair = "clp"\ncleanser = "strip"', "defenses.clp: a repair stands alone"),
-        ('repair = "clp"', "share = 0.1", "defenses.clp: share, robustness and distance are a repair's"),
+        ('repair = "clp"', "share = 0.1", "defenses.clp: after and share are a repair's"),
+        ("robustness = true", 'after = "clp"', "finetune.after: 'clp' is no training defence.*has none"),
+        ('repair = "clp"', "robustness = true", "defenses.clp: robustness and distance are of a repair or"),
         ("share = 0.2", "share = 0.0", "defenses.finetune.share"),
     ],
 )

@@ -148,25 +148,24 @@ class _Expansion:
         if _delivers_model(options):
             victim = self._stage("deliver", victim.config, victim.inputs, f"{attack_name} model")
         known = self._known(poisoned)
-        undefended = self._evaluated(victim, known, f"{attack_name} undefended")
+        start = victim if pretrained else None
+        if defense.after is not None:
+            trained = self._trained_defended(attack_name, defense.after, known, seed, start)
+            victim, undefended = trained["defense"], trained["defended"]
+        else:
+            undefended = self._evaluated(victim, known, f"{attack_name} undefended")
         stages = {"data": self.data, "undefended": undefended}
         if options and (self.control or _surrogate(options) != "none"):
             stages["clean_model"] = self._clean_model(poisoned, attack_name, options)
         if defense.cleanser is not None:
             stages |= self._defended(attack_name, defense_name, defense, poisoned, victim, seed)
         if defense.training is not None:
-            if pretrained and defense.training not in GOING_ON:
-                raise UntrojanError(
-                    f"cell {attack_name}/{defense_name}: {defense.training} trains anew, and this is an "
-                    'attack on transfer: only training = "none" goes on from a model; keep others apart by '
-                    "[[grid]]"
-                )
-            start = victim if pretrained else None
-            stages |= self._trained_defended(attack_name, defense_name, defense, known, seed, start)
+            stages |= self._trained_defended(attack_name, defense_name, known, seed, start)
         if defense.repair is not None:
             stages |= self._repaired(attack_name, defense_name, defense, known, victim, seed)
+        model = stages.get("repair") or stages.get("defense") or victim
+        stages |= self._assessed(attack_name, defense_name, known, victim, model, seed)
         if defense.scan is not None:
-            model = stages.get("defense") or stages.get("repair") or victim
             stages |= self._scanned(attack_name, defense_name, defense.scan, poisoned, model, seed)
         axes = self._axes(attack_name, defense_name)
         deciding = stages.get("audit") or stages.get("defense") or stages.get("repair") or stages.get("scan")
@@ -185,7 +184,8 @@ class _Expansion:
         attack, defense = self.plan.attacks[attack_name], self.plan.defenses[defense_name]
         options = self.resolved.attacks[attack_name]
         asks_set = defense.cleanser and not defense.exposure
-        if attack.sdrm is None or options is None or asks_set or defense.training not in GOING_ON:
+        unfit = asks_set or defense.training not in GOING_ON or defense.after is not None
+        if attack.sdrm is None or options is None or unfit:
             raise UntrojanError(
                 f"cell {attack_name}/{defense_name}: infected models (sdrm) go with exposure, pruning, "
                 'scans, repairs and training = "none": keep other attacks and defences apart by [[grid]]'
@@ -206,13 +206,14 @@ class _Expansion:
             asked = defense.pruning.model_dump()
             stages["pruning"] = self._stage("prune", asked, known, f"{attack_name} {defense_name}")
         if defense.training is not None:
-            stages |= self._trained_defended(attack_name, defense_name, defense, known, seed, infected)
+            stages |= self._trained_defended(attack_name, defense_name, known, seed, infected)
             asked = dict(stages["defense"].config)
         if defense.repair is not None:
             stages |= self._repaired(attack_name, defense_name, defense, known, infected, seed)
             asked = dict(stages["repair"].config)
+        model = stages.get("repair") or stages.get("defense") or infected
+        stages |= self._assessed(attack_name, defense_name, known, infected, model, seed)
         if defense.scan is not None:
-            model = stages.get("defense") or stages.get("repair") or infected
             stages |= self._scanned(
                 attack_name, defense_name, defense.scan, self._clean(), model, seed, infected
             )
@@ -378,11 +379,16 @@ class _Expansion:
         return stages
 
     def _trained_defended(
-        self, attack: str, name: str, defense: DefenseEntry, known: Mapping[str, Stage], seed: int,
-        start: Stage | None,
-    ) -> dict[str, Stage]:  # fmt: skip
+        self, attack: str, name: str, known: Mapping[str, Stage], seed: int, start: Stage | None
+    ) -> dict[str, Stage]:
         """``known`` are the data and the poisoned set, or the model whose trainer infected it; training goes
         on from ``start`` where there is one."""
+        defense = self.plan.defenses[name]
+        if start is not None and defense.training not in GOING_ON:
+            raise UntrojanError(
+                f"cell {attack}/{name}: {defense.training} trains anew, and this is an attack on transfer: "
+                'only training = "none" goes on from a model; keep others apart by [[grid]]'
+            )
         config = {
             "architecture": self.net.architecture,
             "recipe": self.resolved.recipes[self.net.victim],
@@ -413,14 +419,24 @@ class _Expansion:
             "seed": seed,
         }
         label = f"{attack} {name}"
-        given = {**known, "victim": victim}
-        repaired = self._stage("repair", config, given, f"{label} repair", profile=name)
-        stages = {"repair": repaired, "repaired": self._evaluated(repaired, known, f"{label} repaired")}
-        if defense.robustness or defense.distance is not None:
-            asked = {"robustness": defense.robustness, "distance": defense.distance, "seed": seed}
-            inputs = given | {"repaired": repaired}
-            stages["effects"] = self._stage("assess", asked, inputs, f"{label} effects", profile=name)
-        return stages
+        repaired = self._stage("repair", config, {**known, "victim": victim}, f"{label} repair", profile=name)
+        return {"repair": repaired, "repaired": self._evaluated(repaired, known, f"{label} repaired")}
+
+    def _assessed(
+        self, attack: str, name: str, known: Mapping[str, Stage], victim: Stage, model: Stage, seed: int
+    ) -> dict[str, Stage]:
+        """What the defence did to ``victim`` beside its task."""
+        defense = self.plan.defenses[name]
+        if not defense.robustness and defense.distance is None:
+            return {}
+        asked = {
+            "robustness": defense.robustness,
+            "distance": defense.distance,
+            "share": defense.share,
+            "seed": seed,
+        }
+        inputs = {**known, "victim": victim, "defended": model}
+        return {"effects": self._stage("assess", asked, inputs, f"{attack} {name} effects", profile=name)}
 
     def _stage(
         self, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Stage], label: str, profile: str = ""

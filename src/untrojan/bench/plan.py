@@ -269,11 +269,14 @@ class DefenseEntry(_Strict):
     """A training defence: trains the model itself, by the victim's recipe. Such an entry has no cleanser."""
     repair: str | None = None
     """A repair: mends the victim with a few clean images. Such an entry has no cleanser."""
+    after: Name | None = None
+    """A training defence of this plan: the repair mends what that made, which then stands for the undefended
+    model."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Of the training set, in equal numbers of each class, drawn from what the attacker did not touch: the
     images that the repair learns from."""
     robustness: bool = False
-    """Measure the repaired model's accuracy under PGD, and the victim's."""
+    """Measure accuracy under PGD of what the repair or the training defence made, and of the victim."""
     distance: Literal["mask", "filter", "feature"] | None = None
     """Measure the change of class distances in this way, on a few pairs."""
     scan: ScanEntry | None = None
@@ -308,8 +311,11 @@ class DefenseEntry(_Strict):
             raise ValueError("trusted_per_class is a cleanser's: name one, or see exposure's trusted_share")
         if self.target_known and not (self.cleanser and self.retrain):
             raise ValueError("target_known is about retraining after a cleanser: name one, or drop it")
-        if self.repair is None and self.model_fields_set & {"share", "robustness", "distance"}:
-            raise ValueError("share, robustness and distance are a repair's: name it, or drop them")
+        if self.repair is None and self.model_fields_set & {"after", "share"}:
+            raise ValueError("after and share are a repair's: name it, or drop them")
+        measured = self.model_fields_set & {"robustness", "distance"}
+        if self.repair is None and self.training is None and measured:
+            raise ValueError("robustness and distance are of a repair or a training defence: name one")
         return self
 
     @property
@@ -425,6 +431,18 @@ class Plan(_Strict):
     potency: Potency = Potency()
     tables: list[TableEntry] = []
     bounds: list[BoundEntry] = []
+
+    @model_validator(mode="after")
+    def _known_trainings(self) -> Plan:
+        trained = [name for name, entry in self.defenses.items() if entry.training is not None]
+        for name, entry in self.defenses.items():
+            if entry.after is not None and entry.after not in trained:
+                known = ", ".join(trained) or "none"
+                raise ValueError(
+                    f"defenses.{name}.after: {entry.after!r} is no training defence of this plan, which has "
+                    f"{known}"
+                )
+        return self
 
     def recipe(self, name: str) -> Recipe:
         """A recipe of the plan, or a preset. Raises UntrojanError where there is neither."""

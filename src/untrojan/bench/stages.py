@@ -269,26 +269,25 @@ def _untouched(made: _Made, share: float, seed: int) -> ImageSet:
 
 
 def assess(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """What a repair did beside its task: accuracy under attack and class distances, before and after."""
+    """What a defence did beside its task: accuracy under attack and class distances, before and after."""
     from untrojan.distance_change import DistanceProbe, few_pairs
     from untrojan.metrics.robustness import PROTOCOLS, robust_accuracy
 
     made = _poisoned(place)
-    victim, repaired = (_model(place.inputs[name]) for name in ("victim", "repaired"))
+    victim, defended = (_model(place.inputs[name]) for name in ("victim", "defended"))
     sections: dict[str, Any] = {}
     if config["robustness"]:
         name = _record(place.inputs["data"])["config"]["name"]
         before, after = (
             robust_accuracy(each, made.test, PROTOCOLS.get(name), seed=config["seed"])
-            for each in (victim, repaired)
+            for each in (victim, defended)
         )
         sections["robustness"] = {"before": before, "after": after, "cost": before - after}
     if config["distance"] is not None:
         asked = few_pairs(config["distance"], config["seed"])
-        share = _record(place.inputs["repaired"])["config"]["share"]
-        learned = _untouched(made, share, config["seed"])
+        learned = _untouched(made, config["share"], config["seed"])
         probe = DistanceProbe.of(victim, learned, made.test, asked, place.scratch / "before.safetensors")
-        change = probe.compare(repaired, place.scratch / "after.safetensors")
+        change = probe.compare(defended, place.scratch / "after.safetensors")
         sections["distance"] = change.to_json()
     return {"sections": sections}
 
