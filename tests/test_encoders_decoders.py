@@ -217,6 +217,21 @@ def test_training_reconstructs_and_resumes_from_the_cache(
         prepare_decoder("local", signs, recipe=QUICK, least_psnr=8.0)
 
 
+def test_the_deeper_local_encoder_begins_with_the_local_one(
+    signs: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNTROJAN_CACHE", str(tmp_path))
+    one, two = load_encoder("local", signs), load_encoder("local-pool2", signs)
+    images = signs.images[:2].float()
+    side = images.shape[2]
+    assert (one(images).shape[2], two(images).shape[2]) == (side // 2, side // 4)
+    first = one.encode(images, before=True).before_pooling
+    both = two.encode(images, before=True).before_pooling
+    assert torch.equal(first[0], both[0])
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert Decoder(two)(two(images), Decoder(two).noise(2, side // 4, side // 4)).shape == images.shape
+
+
 def test_a_decoder_that_is_not_good_enough_is_refused_with_the_figure(
     signs: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

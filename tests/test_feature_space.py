@@ -18,6 +18,7 @@ from untrojan.inversion.feature_space import (
     PAPER,
     STATISTICS_UNIT,
     FeatureSpacePattern,
+    LossWeights,
     regional_convolution,
     with_statistics,
 )
@@ -180,6 +181,9 @@ def test_price_is_equation_11() -> None:
     expected = expected + 0.05 * (after - around).square().mean() + 10 + 2
     torch.testing.assert_close(price[0], expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(sizes[0], content)
+    alone = replace(pattern, weights=LossWeights(0, 0, 0.5, 0))
+    rough = 0.5 * (after - around).square().mean()
+    torch.testing.assert_close(alone.measure(parameters, images[None], embedded)[0][0], rough)
     flipped = torch.tensor([[True, False, True, False, False, False]])
     mean = (content[0] + content[2]) / 2
     torch.testing.assert_close(pattern.distance(parameters, images[None], flipped)[0], mean)

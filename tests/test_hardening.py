@@ -21,6 +21,7 @@ from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
 from untrojan.errors import UntrojanError
+from untrojan.inversion.feature_space import LossWeights
 from untrojan.inversion.generators import FeatureGenerator, MaskGenerator
 from untrojan.metrics.accuracy import benign_accuracy
 from untrojan.metrics.class_distance import mean_distance, relative_increase
@@ -239,6 +240,16 @@ def test_deck_hardens_with_images_decoded_from_features(
     assert any(size is not None and size > 0 for size in sizes)
     given, repaired = model.state_dict(), report.model.state_dict()
     assert any(not torch.equal(value, repaired[name]) for name, value in given.items())
+
+
+def test_decks_ablations_are_options() -> None:
+    deck = REPAIRS.build(
+        "deck", {"upsampling": "zero", "encoder": "local-pool2", "weights": {"content": 0.0}}
+    )
+    assert isinstance(deck, DECK)
+    assert (deck.upsampling, deck.weights) == ("zero", LossWeights(content=0.0))
+    with pytest.raises(UntrojanError, match="upsampling"):
+        REPAIRS.build("deck", {"upsampling": "bilinear"})
 
 
 def test_too_few_images_are_refused(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:

@@ -49,6 +49,22 @@ FAST = Schedule(
 )
 
 
+@dataclass(frozen=True)
+class LossWeights:
+    """Of equation 11's terms; section IV-B's values."""
+
+    content: float = 1e-3
+    """Of the features' mean squared error."""
+    similarity: float = 100.0
+    """Of 1 - SSIM: equation 7 is printed without the sign that makes images alike."""
+    smoothness: float = 0.05
+    statistics: float = 1.0
+    """Of equation 9, the paper's "norm"."""
+
+
+PAPER_WEIGHTS = LossWeights()
+
+
 @dataclass(frozen=True, eq=False)
 class Transformation:
     """What the parameters of A pairs stand for."""
@@ -85,12 +101,7 @@ class FeatureSpacePattern:
     kernel: int = 3
     """m, odd: the side of a region's kernels, around which the region is padded with zeros."""
     seed: int = 0
-    content: float = 1e-3
-    """Weight of the features' mean squared error; section IV-B's values, as the next three are."""
-    similarity: float = 100.0
-    """Weight of 1 - SSIM: equation 7 is printed without the sign that makes images alike."""
-    smoothness: float = 0.05
-    statistics: float = 1.0
+    weights: LossWeights = PAPER_WEIGHTS
     least_psnr: float = LEAST_PSNR
     precision: Precision = "float32"
     """Of encoder and decoder in the search; in bfloat16 decoded pixels differ by a fifth of a level. The
@@ -181,8 +192,9 @@ class FeatureSpacePattern:
         # The pixels that there are, or the edges would count as steps to black.
         smooth = F.avg_pool2d(after, 3, 1, 1, count_include_pad=False)
         rough = (after - smooth).square().flatten(1).mean(1).unflatten(0, shape)
-        terms = self.content * distances + self.similarity * unlike + self.smoothness * rough
-        return terms.mean(1) + self.statistics * self.size(parameters), distances.detach()
+        weights = self.weights
+        terms = weights.content * distances + weights.similarity * unlike + weights.smoothness * rough
+        return terms.mean(1) + weights.statistics * self.size(parameters), distances.detach()
 
     @torch.no_grad()
     def distance(self, parameters: Tensor, images: Tensor, flipped: Tensor) -> Tensor:

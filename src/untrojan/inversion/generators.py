@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from untrojan.inversion.engine import Adam, ImageProblem, Problem, Stepper
+from untrojan.inversion.feature_space import PAPER_WEIGHTS, FeatureSpacePattern, LossWeights
 from untrojan.inversion.filters import FilterMatrix
 from untrojan.inversion.masked import MaskedPattern
 
 if TYPE_CHECKING:
-    from untrojan.inversion.feature_space import FeatureSpacePattern
     from untrojan.models.decoders import Decoder
     from untrojan.models.encoders import Encoder
     from untrojan.models.precision import Precision
@@ -85,15 +85,14 @@ class FeatureGenerator:
     kernel: int = 3
     precision: Precision = "float32"
     """Of the search, as of the model that is searched."""
+    weights: LossWeights = PAPER_WEIGHTS
     stepper: Stepper = field(default_factory=lambda: Adam(1e-3, (0.5, 0.9)))
     cost: float = 1e-2
 
     def problem(self, seed: int) -> FeatureSpacePattern:
-        from untrojan.inversion.feature_space import FeatureSpacePattern
-
         return FeatureSpacePattern(
             self.encoder, self.decoder, regions=self.regions, kernel=self.kernel, seed=seed,
-            precision=self.precision,
+            precision=self.precision, weights=self.weights,
         )  # fmt: skip
 
     def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:

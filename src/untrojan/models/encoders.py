@@ -31,7 +31,7 @@ from untrojan.runs import write_bytes_atomically
 from untrojan.seeding import generator
 from untrojan.training.recipe import Recipe
 
-NAMES = ("vgg", "vgg-pool2", "efficientnet-lite0", "local")
+NAMES = ("vgg", "vgg-pool2", "efficientnet-lite0", "local", "local-pool2")
 
 LOCAL_RECIPE = Recipe(epochs=4, batch_size=64, learning_rate=3e-3, schedule="one_cycle")
 LOCAL_IMAGES = 5000
@@ -161,6 +161,8 @@ def load_encoder(name: str, data: ImageSet | None = None, *, seed: int = 0) -> E
         The first block of a small VGG trained on ``data``, and kept in the cache. Its distances compare
         with one another alone. Its own :attr:`Encoder.name`, ``local-`` and twelve hexadecimal digits, asks
         the cache for that very encoder, whatever ``data`` are.
+    ``local-pool2``
+        The same network's first two blocks, for table X.
     ``module:factory``
         The user's: a function that gives an :class:`Encoder`, or any module from images on the 0..255 scale
         (N, 3, H, W) to a map of half their sides.
@@ -175,10 +177,10 @@ def load_encoder(name: str, data: ImageSet | None = None, *, seed: int = 0) -> E
         return _vgg(stages=2)
     if name == "efficientnet-lite0":
         return _efficientnet_lite0()
-    if name == "local":
+    if name in ("local", "local-pool2"):
         if data is None:
             raise UntrojanError("the local encoder is trained on labelled images: give some")
-        return _local(data, seed)
+        return _local(data, seed, deeper=name == "local-pool2")
     if name.startswith(_LOCAL):
         return _remembered(name)
     raise UntrojanError(f"unknown encoder {name!r}: choose one of {', '.join(NAMES)}, or your module:factory")
@@ -265,8 +267,8 @@ def _users_encoder(name: str) -> Encoder:
     return Encoder([(made, nn.Identity())], [(features.shape[1],) * 2], name=name)
 
 
-def _local(data: ImageSet, seed: int) -> Encoder:
-    """VGG's first block as it comes out of training a small one on ``data``; cached."""
+def _local(data: ImageSet, seed: int, deeper: bool) -> Encoder:
+    """VGG's first block, or two, as they come out of training a small one on ``data``; cached."""
     from untrojan.training.loop import train
 
     identity = {
@@ -278,7 +280,7 @@ def _local(data: ImageSet, seed: int) -> Encoder:
     place = cached_file("encoders", identity)
     name = _LOCAL + place.stem[:_DIGITS]
     if (kept := read_cached(place)) is not None:
-        return _first_block(_local_classifier(data, seed), kept[0], name)
+        return _first_blocks(_local_classifier(data, seed), kept[0], name, deeper)
     chosen = torch.randperm(len(data), generator=generator(seed, "local encoder"))[:LOCAL_IMAGES]
     coloured = replace(data, images=data.images.expand(-1, 3, -1, -1)).select(chosen)
     model = _local_classifier(coloured, seed)
@@ -289,7 +291,7 @@ def _local(data: ImageSet, seed: int) -> Encoder:
     tensors = dict(model.state_dict())
     notes = {"classes": str(data.num_classes), "side": str(min(data.image_shape[1:]))}
     write_cached(place, tensors, notes)
-    return _first_block(model, tensors, name)
+    return _first_blocks(model, tensors, name, deeper)
 
 
 def _remembered(name: str) -> Encoder:
@@ -304,7 +306,7 @@ def _remembered(name: str) -> Encoder:
                     classes, side = int(kept[1]["classes"]), int(kept[1]["side"])
                     network = vgg5(classes, 3, side)
                     model = Classifier(network, classes, torch.zeros(3), torch.ones(3))
-                    return _first_block(model, kept[0], name)
+                    return _first_blocks(model, kept[0], name)
     raise UntrojanError(
         f"there is no encoder {name!r} in the cache: train one, untrojan repair --train-decoder IMAGES"
     )
@@ -318,16 +320,23 @@ def _local_classifier(data: ImageSet, seed: int) -> Classifier:
     return Classifier(network, data.num_classes, mean.expand(3), std.expand(3))
 
 
-def _first_block(model: Classifier, tensors: Mapping[str, Tensor], name: str) -> Encoder:
+def _first_blocks(
+    model: Classifier, tensors: Mapping[str, Tensor], name: str, deeper: bool = False
+) -> Encoder:
     model.load_state_dict(tensors)
     model.eval()
     layers = dict(model.network.named_modules())["features"]
     assert isinstance(layers, nn.Sequential)
     first, second = _folded(layers[0], layers[1]), _folded(layers[3], layers[4])
     block = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
-    widths = (first.out_channels, second.out_channels)
+    stages, widths = [(block, nn.MaxPool2d(2))], [(first.out_channels, second.out_channels)]
+    if deeper:
+        third = _folded(layers[7], layers[8])
+        stages.append((nn.Sequential(third, nn.ReLU()), nn.MaxPool2d(2)))
+        widths.append((third.out_channels,) * 2)
+        name = f"{name}-pool2"
     mean, std = (255 * values.flatten() for values in (model.mean, model.std))
-    return Encoder([(block, nn.MaxPool2d(2))], [widths], mean.tolist(), std.tolist(), name)
+    return Encoder(stages, widths, mean.tolist(), std.tolist(), name)
 
 
 def _folded(convolution: nn.Module, norm: nn.Module) -> nn.Conv2d:

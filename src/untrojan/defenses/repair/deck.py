@@ -12,8 +12,10 @@ from annotated_types import Ge, Interval
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.hardening import Hardening
+from untrojan.inversion.feature_space import PAPER_WEIGHTS, LossWeights
 from untrojan.inversion.generators import FeatureGenerator, Generator
 from untrojan.models.classifier import Classifier
+from untrojan.models.decoders import Upsampling, prepare_decoder
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,18 @@ class DECK(Hardening):
     """z: a map is cut into z x z regions. Not stated in the paper."""
     kernel: Annotated[int, Ge(1)] = 3
     """m, odd. Not stated in the paper."""
+    upsampling: Upsampling = "gaussian"
+    """The decoder's; the others are table X's."""
+    weights: LossWeights = PAPER_WEIGHTS
+    """Of what the search keeps small."""
 
     def generator(self, model: Classifier, clean: ImageSet) -> FeatureGenerator:
-        from untrojan.models.decoders import prepare_decoder
-
-        encoder, decoder = prepare_decoder(self.encoder, clean, seed=self.seed, device=str(model.device))
-        return FeatureGenerator(encoder, decoder, self.regions, self.kernel, model.precision)
+        encoder, decoder = prepare_decoder(
+            self.encoder, clean, upsampling=self.upsampling, seed=self.seed, device=str(model.device)
+        )
+        return FeatureGenerator(
+            encoder, decoder, self.regions, self.kernel, model.precision, weights=self.weights
+        )
 
     def told(self, generator: Generator) -> dict[str, Any]:
         assert isinstance(generator, FeatureGenerator)
