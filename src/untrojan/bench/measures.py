@@ -104,6 +104,8 @@ MEASURES: Mapping[str, Measure] = {
     "distance.before": Measure("distance before", "number"),
     "distance.after": Measure("distance", "number"),
     "distance.increase": Measure("distance increase", "share"),
+    "distance.works_before": Measure("generated ASR before", "share"),
+    "distance.works_after": Measure("generated ASR", "share"),
     "retrained.attack_success": Measure("retrained ASR", "share"),
     "retrained.above_clean_model": Measure("ASR above a clean model's", "share"),
     "retrained.benign_accuracy": Measure("retrained ACC", "share"),
