@@ -10,7 +10,7 @@ import pytest
 from untrojan.bench import stages
 from untrojan.bench.cells import expand
 from untrojan.bench.measures import BESIDE_REGULAR
-from untrojan.bench.plan import read_plan
+from untrojan.bench.plan import ExposureEntry, read_plan
 from untrojan.bench.runner import run_plan
 from untrojan.bench.table import outcomes_of, render
 from untrojan.data.save import save_npz
@@ -140,13 +140,14 @@ def test_an_infected_model_is_trained_asked_and_told_of(tmp_path: Path) -> None:
     assert 0 < unseen["clean"] <= 20
     folders = {path.name: path for path in (tmp_path / "store").glob("store/done/*/*")}
     stage = next(c for c in expand(read_plan(plan)) if c.axes["defense"] == "none").stages["undefended"]
-    asked = (20, 0.5, (0.25, True, False), 0)
+    asked_for = ExposureEntry(clean=20, ratio=0.5, trusted_share=0.25, trusted_from="test")
     question = stages._question(
         folders[stage.key],
         True,
         folders[stage.inputs["data"].key],
         (("signs", str(tmp_path / "signs.npz")),),
-        asked,
+        asked_for,
+        0,
     )
     trusted = question.attacked.trusted
     assert trusted is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from untrojan.bench.graph import Cell, Place, StageFunction
-from untrojan.bench.plan import AttackEntry, Plan
+from untrojan.bench.plan import AttackEntry, ExposureEntry, Plan
 from untrojan.errors import UntrojanError
 
 if TYPE_CHECKING:
@@ -363,14 +363,10 @@ def expose(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     detector = CLEANSERS.build(config["cleanser"], config["options"])
     assert isinstance(detector, ClassCleanser)
     infected = "infected" in place.inputs
-    trusted = (
-        config["trusted_share"],
-        config.get("trusted_from") == "test",
-        config.get("trusted_as") == "predicted",
-    )
-    asked = (config["clean"], config["ratio"], trusted, config["seed"])
+    given = {name: config[name] for name in ExposureEntry.model_fields if name in config}
+    asked = ExposureEntry.model_validate(given)
     model = place.inputs["infected" if infected else "model"]
-    question = _question(model, infected, place.inputs["data"], _sources(place), asked)
+    question = _question(model, infected, place.inputs["data"], _sources(place), asked, config["seed"])
     if infected:
         return question.put_to(detector).to_json()
     return {"false_alarm": question.alarms(detector), "clean": question.clean}
@@ -379,7 +375,7 @@ def expose(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def _question(
     model: Path, infected: bool, data_folder: Path, sources: tuple[tuple[str, str], ...],
-    asked: tuple[Any, ...],
+    asked: ExposureEntry, seed: int,
 ) -> Question:  # fmt: skip
     """What the detectors of a plan are asked about one model; kept, for they share its features."""
     import torch
@@ -387,18 +383,17 @@ def _question(
     from untrojan.metrics.exposure import as_predicted
     from untrojan.models.taps import SDRM_LEVELS, levels_of
 
-    clean, ratio, (trusted_share, unseen, relabel), seed = asked
-    data = _known_data(data_folder, dict(sources))
+    data, unseen = _known_data(data_folder, dict(sources)), asked.trusted_from == "test"
     train, trusted, of_each = data.train, None, 0
-    if trusted_share:
-        of_each = max(1, round(trusted_share * int(train.class_counts.max())))
+    if asked.trusted_share:
+        of_each = max(1, round(asked.trusted_share * int(train.class_counts.max())))
         pool = data.test if unseen else train
         assert pool is not None
         trusted = _thinned(pool, of_each)
     seen = _sorted_test(model, infected, data_folder, sources, of_each if unseen else 0)
-    if trusted is not None and relabel:
+    if trusted is not None and asked.trusted_as == "predicted":
         trusted = as_predicted(seen.model, trusted)
-    question = seen.question(clean, ratio, trusted, seed)
+    question = seen.question(asked.clean, asked.ratio, trusted, seed)
     # One pass for the detectors of every level.
     known = levels_of(seen.model, torch.zeros(1, *train.image_shape, device=seen.model.device))
     for features in (question.ordinary, question.attacked):
