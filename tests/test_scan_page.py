@@ -56,7 +56,7 @@ def page_of(reports: dict[str, ScanReport], linearity: tuple[ChannelHistogram, .
 
 
 def test_hostile_names_stay_text() -> None:
-    histogram = ChannelHistogram(HOSTILE[0], 0, 1, 2.0, (-1.0, 0.0, 1.0), (1, 2), (5, 0), 0.5)
+    histogram = ChannelHistogram(HOSTILE[0], 0, 1, 2.0, (-1.0, 0.0, 1.0), (1, 2), (5, 0), 0.5, 1.3)
     html = page_of({HOSTILE[1]: report(), "abs": report()}, (histogram,))
     assert "<script" not in html
     assert "\u202e" not in html
@@ -122,6 +122,8 @@ def test_linearity_names_the_channel_that_only_one_class_excites() -> None:
     assert (found.layer, found.channel, found.label) == ("network.0", 1, 1)
     assert (sum(found.strong), sum(found.weak)) == (20, 20)
     assert found.positive == 0.5
+    # Of bright red and of dim images, which differ among themselves by a few levels.
+    assert found.separation > 20
     assert found.edges[0] < 0 < found.edges[-1]
     assert found.strong[-1] == 20
     assert sum(found.weak[:20]) == 20

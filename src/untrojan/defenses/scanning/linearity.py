@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.training.none import STRONG, WEAK, linearity_by_class
+from untrojan.defenses.training.none import STRONG, WEAK, linearity_by_class, two_groups
 from untrojan.errors import UntrojanError
 from untrojan.models.channels import channel_activations
 from untrojan.models.classifier import Classifier
@@ -41,6 +41,8 @@ class ChannelHistogram:
     """(B,): others, probability below .1."""
     positive: float
     """The share of all images with an activation of at least 0: algorithm 1's P(A >= 0)."""
+    separation: float
+    """How far apart its two groups of images are, see :class:`~untrojan.defenses.training.none.Split`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,4 +88,5 @@ def _histogram(
         for which in (confidence > STRONG, confidence < WEAK)
     )
     edges = tuple(torch.linspace(low, high, bins + 1).tolist())
-    return ChannelHistogram(*place, edges, strong, weak, float((values >= 0).double().mean()))
+    positive = float((values >= 0).double().mean())
+    return ChannelHistogram(*place, edges, strong, weak, positive, two_groups(values).separation)
