@@ -228,6 +228,9 @@ def test_the_deeper_local_encoder_begins_with_the_local_one(
     first = one.encode(images, before=True).before_pooling
     both = two.encode(images, before=True).before_pooling
     assert torch.equal(first[0], both[0])
+    # By its own name it comes back, whatever the images.
+    assert torch.equal(load_encoder(two.name)(images), two(images))
+    assert load_encoder(two.name).name == two.name != one.name
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     assert Decoder(two)(two(images), Decoder(two).noise(2, side // 4, side // 4)).shape == images.shape
 

@@ -25,10 +25,10 @@ def test_without_the_hardware_for_it_mixed_precision_is_float32(
     assert torch.allclose(found, wanted, atol=0.1)
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_what_a_device_has_can_be_asked_everywhere(device_type: str) -> None:
-    if device_type == "cpu" or torch.cuda.is_available():
-        assert precision.has_bfloat16(device_type) in (True, False)
+def test_float32_is_never_mixed_and_other_devices_are_taken_at_their_word() -> None:
+    device = torch.device("meta")
+    assert precision.is_mixed("bfloat16", device)
+    assert not precision.is_mixed("float32", device)
 
 
 def test_the_record_of_a_run_says_so() -> None:

@@ -80,8 +80,8 @@ def repair(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="deck's encoder: vgg, vgg-pool2, efficientnet-lite0, local, one that --train-decoder has "
-            "named, or your module:factory.",
+            help="deck's encoder: vgg, vgg-pool2, efficientnet-lite0, local, local-pool2, one that "
+            "--train-decoder has named, or your module:factory.",
         ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too.")] = False,
@@ -204,12 +204,13 @@ def _only_train(
 def _trained_decoder(source: str, encoder: str, size: int | None, seed: int) -> dict[str, Any]:
     from untrojan.data.load import load
     from untrojan.models.decoders import decoder_file, prepare_decoder
+    from untrojan.models.registry import is_user_code
 
     images = load(source, size=size, minimum_per_class=0).train
     made, decoder = prepare_decoder(encoder, images, seed=seed, retrain=True)
     place = decoder_file(made)
     # A user's encoder goes by the name it was asked for.
-    name = made.name if encoder == "local" else encoder
+    name = encoder if is_user_code(encoder) else made.name
     return {
         "encoder": name, "encoder_sha256": made.fingerprint(), "psnr": decoder.psnr, "images": len(images),
         "decoder": str(place) if place.is_file() else None,

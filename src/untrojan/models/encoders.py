@@ -37,7 +37,7 @@ LOCAL_RECIPE = Recipe(epochs=4, batch_size=64, learning_rate=3e-3, schedule="one
 LOCAL_IMAGES = 5000
 """The local encoder's filters are edges and colours, which this many images suffice for."""
 
-_LOCAL, _DIGITS = "local-", 12
+_LOCAL, _DIGITS, _POOL2 = "local-", 12, "-pool2"
 _IMAGENET_MEAN = (123.675, 116.28, 103.53)
 _IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -162,7 +162,7 @@ def load_encoder(name: str, data: ImageSet | None = None, *, seed: int = 0) -> E
         with one another alone. Its own :attr:`Encoder.name`, ``local-`` and twelve hexadecimal digits, asks
         the cache for that very encoder, whatever ``data`` are.
     ``local-pool2``
-        The same network's first two blocks, for table X.
+        The same network's first two blocks, for table X; its own name ends in ``-pool2``.
     ``module:factory``
         The user's: a function that gives an :class:`Encoder`, or any module from images on the 0..255 scale
         (N, 3, H, W) to a map of half their sides.
@@ -180,7 +180,7 @@ def load_encoder(name: str, data: ImageSet | None = None, *, seed: int = 0) -> E
     if name in ("local", "local-pool2"):
         if data is None:
             raise UntrojanError("the local encoder is trained on labelled images: give some")
-        return _local(data, seed, deeper=name == "local-pool2")
+        return _local(data, seed, name.removeprefix("local"))
     if name.startswith(_LOCAL):
         return _remembered(name)
     raise UntrojanError(f"unknown encoder {name!r}: choose one of {', '.join(NAMES)}, or your module:factory")
@@ -267,7 +267,7 @@ def _users_encoder(name: str) -> Encoder:
     return Encoder([(made, nn.Identity())], [(features.shape[1],) * 2], name=name)
 
 
-def _local(data: ImageSet, seed: int, deeper: bool) -> Encoder:
+def _local(data: ImageSet, seed: int, suffix: str) -> Encoder:
     """VGG's first block, or two, as they come out of training a small one on ``data``; cached."""
     from untrojan.training.loop import train
 
@@ -278,9 +278,9 @@ def _local(data: ImageSet, seed: int, deeper: bool) -> Encoder:
         "data": data.fingerprint(),
     }
     place = cached_file("encoders", identity)
-    name = _LOCAL + place.stem[:_DIGITS]
+    name = _LOCAL + place.stem[:_DIGITS] + suffix
     if (kept := read_cached(place)) is not None:
-        return _first_blocks(_local_classifier(data, seed), kept[0], name, deeper)
+        return _first_blocks(_local_classifier(data, seed), kept[0], name)
     chosen = torch.randperm(len(data), generator=generator(seed, "local encoder"))[:LOCAL_IMAGES]
     coloured = replace(data, images=data.images.expand(-1, 3, -1, -1)).select(chosen)
     model = _local_classifier(coloured, seed)
@@ -291,12 +291,12 @@ def _local(data: ImageSet, seed: int, deeper: bool) -> Encoder:
     tensors = dict(model.state_dict())
     notes = {"classes": str(data.num_classes), "side": str(min(data.image_shape[1:]))}
     write_cached(place, tensors, notes)
-    return _first_blocks(model, tensors, name, deeper)
+    return _first_blocks(model, tensors, name)
 
 
 def _remembered(name: str) -> Encoder:
     """The local encoder of that name. Raises UntrojanError where the cache has none."""
-    digits = name.removeprefix(_LOCAL)
+    digits = name.removeprefix(_LOCAL).removesuffix(_POOL2)
     if len(digits) == _DIGITS and set(digits) <= set("0123456789abcdef"):
         for place in (cache_folder() / "encoders").glob(f"{digits}*.safetensors"):
             kept = read_cached(place)
@@ -320,9 +320,7 @@ def _local_classifier(data: ImageSet, seed: int) -> Classifier:
     return Classifier(network, data.num_classes, mean.expand(3), std.expand(3))
 
 
-def _first_blocks(
-    model: Classifier, tensors: Mapping[str, Tensor], name: str, deeper: bool = False
-) -> Encoder:
+def _first_blocks(model: Classifier, tensors: Mapping[str, Tensor], name: str) -> Encoder:
     model.load_state_dict(tensors)
     model.eval()
     layers = dict(model.network.named_modules())["features"]
@@ -330,11 +328,10 @@ def _first_blocks(
     first, second = _folded(layers[0], layers[1]), _folded(layers[3], layers[4])
     block = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
     stages, widths = [(block, nn.MaxPool2d(2))], [(first.out_channels, second.out_channels)]
-    if deeper:
+    if name.endswith(_POOL2):
         third = _folded(layers[7], layers[8])
         stages.append((nn.Sequential(third, nn.ReLU()), nn.MaxPool2d(2)))
         widths.append((third.out_channels,) * 2)
-        name = f"{name}-pool2"
     mean, std = (255 * values.flatten() for values in (model.mean, model.std))
     return Encoder(stages, widths, mean.tolist(), std.tolist(), name)
 
