@@ -16,7 +16,6 @@ from untrojan.inversion.engine import ANY, Schedule, all_pairs, invert
 from untrojan.inversion.feature_space import (
     FAST,
     PAPER,
-    STATISTICS_UNIT,
     FeatureSpacePattern,
     LossWeights,
     regional_convolution,
@@ -54,7 +53,7 @@ def identity_parameters(pattern: FeatureSpacePattern, image: Tensor) -> Tensor:
     parameters = pattern.initial(torch.tensor([[0, 1]]), (3, 16, 16))
     pixels = 255 * image.flatten(1)
     statistics = torch.stack([pixels.mean(1).expand(3), pixels.std(1, correction=0).expand(3)])
-    parameters[:, :6] = statistics.flatten() / STATISTICS_UNIT
+    parameters[:, :6] = statistics.flatten() / pattern.statistics_unit
     channels, z, m = pattern.encoder.channels, pattern.regions, pattern.kernel
     kernels = torch.zeros(z, z, channels, channels, m, m)
     kernels[:, :, range(channels), range(channels), m // 2, m // 2] = 1
@@ -169,8 +168,8 @@ def test_price_is_equation_11() -> None:
     pattern = small_pattern(regions=2)
     images = images_of()
     parameters = pattern.initial_on(torch.tensor([[0, 1]]), lambda _: (255 * images).byte())
-    parameters[:, 0] += 30 / STATISTICS_UNIT
-    parameters[:, 5] -= 6 / STATISTICS_UNIT
+    parameters[:, 0] += 30 / pattern.statistics_unit
+    parameters[:, 5] -= 6 / pattern.statistics_unit
     embedded = pattern.embed(parameters, images[None])
     price, sizes = pattern.measure(parameters, images[None], embedded)
     before, after = 255 * images, 255 * embedded[0]

@@ -95,7 +95,7 @@ def test_a_period_moves_distances_halfway_to_the_relative_change() -> None:
     assert float(states.distances.max()) == 1
     states.begin_period([[0, 1]], 3)
     assert states.pairs.tolist() == [[0, 1], [1, 0]]
-    assert states.start().tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert states.known(states.pairs).tolist() == [[1.0, 1.0], [0.0, 0.0]]
     found = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
     states.keep(found, torch.tensor([60.0, 12.0]), torch.tensor([True, False]))
     states.close_period()
@@ -105,9 +105,9 @@ def test_a_period_moves_distances_halfway_to_the_relative_change() -> None:
     assert [visit["after"] for visit in states.history()] == [60.0, None]
     # The next time the pair sets out from its own trigger, which a smaller one does not replace.
     states.begin_period([[0, 1]], 3)
-    assert states.start().tolist() == [[5.0, 6.0], [0.0, 0.0]]
+    assert states.known(states.pairs).tolist() == [[5.0, 6.0], [0.0, 0.0]]
     states.keep(found + 1, torch.tensor([50.0, 12.0]), torch.tensor([True, True]))
-    assert states.start().tolist() == [[5.0, 6.0], [8.0, 9.0]]
+    assert states.known(states.pairs).tolist() == [[5.0, 6.0], [8.0, 9.0]]
     assert bool((states.distances.diagonal() == 0).all())
 
 
@@ -118,9 +118,9 @@ def test_only_so_many_triggers_are_remembered(monkeypatch: pytest.MonkeyPatch) -
     for pair in ([0, 1], [2, 3]):
         states.begin_period([pair], 3)
         states.keep(torch.full((2, 2), 9.0), torch.tensor([1.0, 1.0]), torch.tensor([True, True]))
-        assert states.start().tolist() == [[9.0, 9.0], [9.0, 9.0]]
+        assert states.known(states.pairs).tolist() == [[9.0, 9.0], [9.0, 9.0]]
     states.begin_period([[0, 1]], 3)
-    assert states.start().tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert states.known(states.pairs).tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
 @pytest.mark.usefixtures("quick")
@@ -149,6 +149,48 @@ def test_only_the_pairs_images_are_stamped(trained: tuple[Classifier, ImageSet, 
     ]
     assert float(stamped.min()) >= 0
     assert float(stamped.max()) <= 1
+
+
+class _Paint:
+    """A trigger that is one grey: its only parameter."""
+
+    stepper, cost = MaskGenerator().stepper, 0.0
+
+    def problem(self, seed: int) -> _Paint:
+        return self
+
+    def embed(self, parameters: Tensor, images: Tensor) -> Tensor:
+        assert len(images)
+        return parameters[:, :, None, None, None].expand_as(images)
+
+
+def test_other_images_of_the_batch_get_the_triggers_of_their_own_class(
+    trained: tuple[Classifier, ImageSet, ImageSet],
+) -> None:
+    model, clean, _ = trained
+    sizes = torch.ones(4, 4)
+    states = PairStates(torch.zeros(4, 4), sizes, torch.zeros(4, 1), pairs_at_once=1, periods=9)
+    # All but the pairs into class 3, of which the universal trigger is known alone, painted 0.
+    for source, target in ((0, 1), (0, 2), (1, 2)):
+        states.begin_period([[source, target]], 3)
+        painted = torch.tensor([[(4 * source + target + 1) / 100], [(4 * target + source + 1) / 100]])
+        states.keep(painted, torch.ones(2), torch.tensor([True, True]))
+    hardener = Hardener(replace(QUICK, replayed=0.5), model, clean, _Paint(), states)  # type: ignore[arg-type]
+    images, labels = torch.ones(90, 3, 16, 16), clean.labels[:90]
+    left = torch.arange(90) >= 10
+    out = hardener._replay(images, labels, left, torch.Generator().manual_seed(0))
+    assert bool((images == 1).all())
+    changed = (out != images).flatten(1).all(1)
+    assert int(changed.sum()) == 40
+    assert not bool(changed[:10].any())
+    seen = set()
+    for label, grey in zip(labels[changed].tolist(), out[changed, 0, 0, 0].tolist(), strict=True):
+        target = 3 if grey == 0 else (round(100 * grey) - 1) % 4
+        assert grey == 0 or (round(100 * grey) - 1) // 4 == label != target
+        seen.add((label, target))
+    assert {target for _, target in seen} == {0, 1, 2, 3}
+    hardener.settings = QUICK
+    assert hardener._replay(images, labels, left, torch.Generator()) is images
 
 
 @pytest.mark.usefixtures("quick")

@@ -202,10 +202,22 @@ def test_attention_is_the_normalised_sum_of_squares() -> None:
     again = attention(5 * features[:1], power=1.0)
     assert torch.allclose(again[0], torch.tensor([0.0, 3.0, 0.0, 2.0]) / 13**0.5)
     other = features.flip(3)
-    gap = F.mse_loss(attention(features), attention(other))
+    gap = (attention(features) - attention(other)).square().sum(1).mean()
     both = {"s2": features, "s3": features}
     loss = distillation_loss(both, {"s2": features, "s3": other}, {"s2": 7.0, "s3": 3.0}, 2.0)
     assert float(loss) == pytest.approx(3 * float(gap))
+    # As strong on maps of 8 pixels a side as on the same maps drawn with 2.
+    fine, fine_other = (each.repeat_interleave(4, 2).repeat_interleave(4, 3) for each in (features, other))
+    again = distillation_loss({"s3": fine}, {"s3": fine_other}, {"s3": 3.0}, 2.0)
+    assert float(again) == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_on_maps_of_eight_pixels_a_side_the_loss_is_the_published_one(backdoored: Backdoored) -> None:
+    weight = NAD()._weights(backdoored.model, backdoored.clean)["s3"]
+    one, other = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    published = 1000 * F.mse_loss(attention(one), attention(other))
+    found = distillation_loss({"s3": one}, {"s3": other}, {"s3": weight}, 2.0)
+    assert float(found) == pytest.approx(float(published), rel=1e-4)
 
 
 def test_what_is_pruned_stays_pruned_and_is_as_good_as_masked(backdoored: Backdoored) -> None:

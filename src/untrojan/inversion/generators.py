@@ -86,13 +86,13 @@ class FeatureGenerator:
     precision: Precision = "float32"
     """Of the search, as of the model that is searched."""
     weights: LossWeights = PAPER_WEIGHTS
-    stepper: Stepper = field(default_factory=lambda: Adam(1e-3, (0.5, 0.9)))
+    stepper: Adam = field(default_factory=lambda: Adam(1e-3, (0.5, 0.9)))
     cost: float = 1e-2
 
     def problem(self, seed: int) -> FeatureSpacePattern:
         return FeatureSpacePattern(
             self.encoder, self.decoder, regions=self.regions, kernel=self.kernel, seed=seed,
-            precision=self.precision, weights=self.weights,
+            precision=self.precision, weights=self.weights, search_rate=self.stepper.rate,
         )  # fmt: skip
 
     def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ FEWEST_IMAGES = 5
 """Of each class: fewer make a trigger that fits them alone."""
 STORED_NUMBERS = 1 << 26
 """Of remembered triggers at most, a quarter of a gigabyte: DECK's have half a million each."""
+REPLAYED_AT_ONCE = 16
+"""Images: DECK's triggers have two megabytes each."""
 RAMP = 1000
 """Steps after which distances outweigh gains fully in the choice of pairs: a = min(.1 step / 100, 1)."""
 
@@ -111,12 +113,13 @@ class PairStates:
         self.solved.fill_(False)
         self.left.fill_(steps)
 
-    def start(self) -> Tensor:
-        """Parameters (A, ...) for the pairs in hand to set out from."""
-        slots = self.slot[self.pairs[:, 0], self.pairs[:, 1]]
+    def known(self, pairs: Tensor) -> Tensor:
+        """Parameters (A, ...) of the ordered ``pairs``: their own trigger or, for want of one, their target's
+        universal one."""
+        slots = self.slot[pairs[:, 0], pairs[:, 1]]
         own = self.stored[slots.clamp_min(0)]
-        known = (slots >= 0).view(-1, *[1] * (own.ndim - 1))
-        return torch.where(known, own, self.universal[self.pairs[:, 1]])
+        stored = (slots >= 0).view(-1, *[1] * (own.ndim - 1))
+        return torch.where(stored, own, self.universal[pairs[:, 1]])
 
     def keep(self, parameters: Tensor, sizes: Tensor, solved: Tensor) -> None:
         """Remember what a step found for the pairs in hand; of two triggers of a pair the larger."""
@@ -188,6 +191,10 @@ class Hardening:
     stamped: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """Share of the smaller class's images in the batch, but at least one image, that get a trigger either
     way: distance is bought with accuracy."""
+    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Share of the other images of the batch that get what was found before for their class and another: a
+    search takes a hundred times as long as a training step, and leaves most of the batch as it was. Ours; not
+    in the papers."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -205,6 +212,8 @@ class Hardening:
     before triggers are found for them and stamped. The released code's for CIFAR-10 is 7 steps of 2/255
     within 8/255, for SVHN and GTSRB 8 of 0.005 within 0.03, for LISA 8 of 0.02 within 0.1."""
     seed: int = 0
+    fast_steps: ClassVar[tuple[int, int, int]] = (200, 60, 20)
+    """Of the fast schedule's searches: in the warm-up, for a pair's first step and for its later ones."""
 
     def generator(self, model: Classifier, clean: ImageSet) -> Generator:
         """What makes one class look like another."""
@@ -265,11 +274,12 @@ class Hardening:
     def schedules(self, generator: Generator) -> tuple[Schedule, Schedule, Schedule]:
         """Of the warm-up, of a pair's first step and of its later ones.
 
-        ``paper``: 500, 200 and 50 steps of 32 images a step in the warm-up and 16 a way after. ``fast``: 200,
-        60 and 20 of 8. A flip fraction of .99 in the warm-up; the later steps' cost ten times the first's.
+        ``paper``: 500, 200 and 50 steps of 32 images a step in the warm-up and 16 a way after. ``fast``:
+        ``fast_steps`` of 12 and 8. A flip fraction of .99 in the warm-up; the later steps' cost ten times the
+        first's.
         """
         paper = self.schedule == "paper"
-        universal, first, later = (500, 200, 50) if paper else (200, 60, 20)
+        universal, first, later = (500, 200, 50) if paper else self.fast_steps
 
         def of(steps: int, images: int, flips: float, cost: float) -> Schedule:
             # The released code looks at every step; a step of few images tells little.
@@ -393,15 +403,34 @@ class Hardener:
         data = self._images_of(states.pairs, images, labels, random)
         found = invert(
             self.model, data, states.pairs.clone(), self.problem, schedule,
-            seed=self.settings.seed + int(states.step), start=states.start(), description="inverting pairs",
+            seed=self.settings.seed + int(states.step), start=states.known(states.pairs),
+            description="inverting pairs",
         )  # fmt: skip
         states.keep(found.parameters, self._sizes(data, found), found.solved)
         states.left -= 1
+        stamped = torch.zeros(len(labels), dtype=torch.bool)
         for place in found.solved.nonzero().flatten().tolist():
             source, target = states.pairs[place].tolist()
             rows = self._some(labels, source, target, random)
             images = self._embedded(images, rows, found.parameters[place])
-        return images
+            stamped[rows.cpu()] = True
+        return self._replay(images, labels, ~stamped, random)
+
+    def _replay(self, images: Tensor, labels: Tensor, left: Tensor, random: torch.Generator) -> Tensor:
+        """A share of the images that are ``left`` with earlier triggers, each into a class drawn for it."""
+        rows = left.nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=random)[: int(self.settings.replayed * len(rows))]]
+        if not len(rows):
+            return images
+        sources, classes = labels.cpu()[rows], self.clean.num_classes
+        targets = (sources + torch.randint(1, classes, (len(rows),), generator=random)) % classes
+        pairs, out = torch.stack([sources, targets], 1), images.clone()
+        for part, their_rows in zip(pairs.split(REPLAYED_AT_ONCE), rows.split(REPLAYED_AT_ONCE), strict=True):
+            their_rows = their_rows.to(images.device)
+            parameters = self.states.known(part).to(images.device)
+            with torch.no_grad():
+                out[their_rows] = self.problem.embed(parameters, images[their_rows, None])[:, 0]
+        return out
 
     def _choose(self, random: torch.Generator) -> None:
         states, settings = self.states, self.settings

@@ -28,6 +28,7 @@ from untrojan.training.recipe import Recipe
 _SMALL = 1e-6
 
 Beta = Annotated[float, Ge(0)]
+Side = Annotated[int, Ge(1)]
 
 
 def attention(features: Tensor, power: float = 2.0) -> Tensor:
@@ -41,9 +42,10 @@ def attention(features: Tensor, power: float = 2.0) -> Tensor:
 def distillation_loss(
     student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float], power: float
 ) -> Tensor:
-    """Scalar: over levels, weight times the mean squared difference of the attention maps (equation 3)."""
+    """Scalar: over levels, weight times the squared distance of the attention maps, averaged over images
+    (equation 3)."""
     gaps = [
-        weight * F.mse_loss(attention(student[level], power), attention(teacher[level], power))
+        weight * (attention(student[level], power) - attention(teacher[level], power)).square().sum(1).mean()
         for level, weight in weights.items()
     ]
     return torch.stack(gaps).sum()
@@ -66,7 +68,11 @@ class NAD(Tuning):
     weight_decay: Annotated[float, Ge(0)] = 1e-4
     batch_size: Annotated[int, Ge(2)] = 64
     betas: tuple[Beta, Beta, Beta] = (500, 1000, 1000)
-    """Weights of the three levels, shallow to deep."""
+    """Weights of the three levels, shallow to deep, for maps of ``sides`` pixels a side."""
+    sides: tuple[Side, Side, Side] = (32, 16, 8)
+    """The published networks'. Maps are at unit length whatever their size and the published loss is a mean
+    over their places, so that the same weight would be sixteen times as strong on a VGG's last maps of 2
+    pixels a side. What is weighted is therefore their squared distance, by beta / side^2."""
     power: Annotated[float, Gt(0)] = 2.0
     """p of the attention map."""
     start: Literal["given", "teacher"] = "given"
@@ -120,12 +126,12 @@ class NAD(Tuning):
             return self.tune(student, clean, "distillation", checkpoint=checkpoint, loss=loss)
 
     def _weights(self, model: Classifier, clean: ImageSet) -> dict[str, float]:
-        """Beta by level, of the levels that this network has and that count."""
+        """Of the squared distance by level, of the levels that this network has and that count."""
         found: Sequence[str] = list(levels_of(model, to_float(clean.images[:1], model.device)))
         if not set(found) & set(SDRM_LEVELS):
             raise UntrojanError("NAD needs a network with feature maps: this one has no convolutional layer")
         return {
-            level: beta
-            for level, beta in zip(SDRM_LEVELS, self.betas, strict=True)
+            level: beta / side**2
+            for level, beta, side in zip(SDRM_LEVELS, self.betas, self.sides, strict=True)
             if beta > 0 and level in found
         }
