@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
 from untrojan.errors import UntrojanError
-from untrojan.inversion.engine import ANY, Schedule, all_pairs, invert
+from untrojan.inversion.engine import ANY, Adam, Schedule, all_pairs, invert
 from untrojan.inversion.feature_space import (
     FAST,
     PAPER,
@@ -162,6 +162,23 @@ def test_the_start_is_near_the_reconstruction_and_has_the_class_statistics() -> 
     identity[range(4), range(4), 1, 1] = 1
     deviations = found.kernels - identity
     assert float(deviations.std()) == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+def test_one_step_moves_statistics_by_a_hundredth_of_the_pixel_range(rate: float) -> None:
+    pattern = small_pattern(search_rate=rate)
+    images = (255 * images_of()).byte()
+    parameters = pattern.initial_on(torch.tensor([[0, 1]]), lambda _: images)
+    assert float(pattern.size(parameters).abs().max()) < 1e-3
+    stepped, _ = Adam(rate, (0.5, 0.9))(
+        parameters,
+        torch.ones_like(parameters),
+        torch.zeros(1, 2, parameters.shape[1]),
+        torch.ones(1),
+        torch.zeros(1),
+    )
+    moved = pattern.unpack(parameters).mean - pattern.unpack(stepped).mean
+    assert moved.flatten().tolist() == pytest.approx([2.55] * 3, rel=1e-3)
 
 
 def test_price_is_equation_11() -> None:

@@ -21,6 +21,7 @@ from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
 from untrojan.errors import UntrojanError
+from untrojan.inversion.engine import Adam
 from untrojan.inversion.feature_space import LossWeights
 from untrojan.inversion.generators import FeatureGenerator, MaskGenerator
 from untrojan.metrics.accuracy import benign_accuracy
@@ -282,6 +283,26 @@ def test_deck_hardens_with_images_decoded_from_features(
     assert any(size is not None and size > 0 for size in sizes)
     given, repaired = model.state_dict(), report.model.state_dict()
     assert any(not torch.equal(value, repaired[name]) for name, value in given.items())
+
+
+def test_decks_search_is_as_its_settings_say(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    encoder = Encoder([(block, nn.MaxPool2d(2))], [(4, 4)])
+    decoder = Decoder(encoder).requires_grad_(False)
+    decoder.psnr = 99.0
+    monkeypatch.setattr("untrojan.defenses.repair.deck.prepare_decoder", lambda *_, **__: (encoder, decoder))
+    deck = DECK(regions=2, search_rate=0.02, cost=0.5)
+    made = deck.generator(model, clean)
+    problem = made.problem(7)
+    assert (problem.regions, problem.search_rate, problem.seed) == (2, 0.02, 7)
+    schedules = deck.schedules(made)
+    assert [each.most_steps for each in schedules] == [100, 30, 10]
+    assert [each.shrink.cost for each in schedules if each.shrink] == [0.5, 0.5, 5.0]
+    assert {each.stepper.rate for each in schedules if isinstance(each.stepper, Adam)} == {0.02}
+    assert [each.most_steps for each in MOTH().schedules(MaskGenerator())] == [200, 60, 20]
 
 
 def test_decks_ablations_are_options() -> None:
