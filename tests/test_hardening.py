@@ -21,7 +21,7 @@ from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
 from untrojan.errors import UntrojanError
-from untrojan.inversion.engine import Adam
+from untrojan.inversion.engine import Adam, invert
 from untrojan.inversion.feature_space import LossWeights
 from untrojan.inversion.generators import FeatureGenerator, MaskGenerator
 from untrojan.metrics.accuracy import benign_accuracy
@@ -192,6 +192,33 @@ def test_other_images_of_the_batch_get_the_triggers_of_their_own_class(
     assert {target for _, target in seen} == {0, 1, 2, 3}
     hardener.settings = QUICK
     assert hardener._replay(images, labels, left, torch.Generator()) is images
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_periods_searches_are_as_dear_as_was_drawn_for_it(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    costs: list[float] = []
+
+    def watching(*arguments: Any, **named: Any) -> Any:
+        schedule = arguments[4]
+        costs.append(schedule.shrink.cost)
+        return invert(*arguments, **named)
+
+    monkeypatch.setattr(hardening, "invert", watching)
+    # Nothing is ever found, so that every step is a period's first.
+    moth = replace(QUICK, steps=8, period=2, cost_spread=100.0, flip_fraction=1.0)
+    monkeypatch.setattr(MOTH, "generator", lambda *_: MaskGenerator(Adam(1e-9)))
+    with pytest.raises(UntrojanError, match="nothing was hardened"):
+        moth(model, clean)
+    universal, *pairs = costs
+    assert universal == MaskGenerator().cost
+    periods = [pairs[place : place + 2] for place in range(0, len(pairs), 2)]
+    assert len(periods) >= 4
+    assert all(len(set(period)) == 1 for period in periods)
+    assert len({period[0] for period in periods}) == len(periods)
+    assert all(universal <= cost <= 100 * universal for cost in pairs)
 
 
 @pytest.mark.usefixtures("quick")

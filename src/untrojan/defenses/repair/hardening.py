@@ -11,7 +11,7 @@ pair's images in the batch, labels kept. Triggers set out from those found for t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -89,6 +89,8 @@ class PairStates:
         self.step, self.left = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
         self.pairs = torch.zeros(hand, 2, dtype=torch.int64)
         """The ordered pairs in hand: (s, t), (t, s), and so on."""
+        self.dearness = torch.ones(())
+        """What the period's costs are multiplied by."""
         self.solved, self.latest = torch.zeros(hand, dtype=torch.bool), torch.zeros(hand)
         slots = min(
             classes * (classes - 1), hand * periods, max(hand, STORED_NUMBERS // universal[0].numel())
@@ -195,6 +197,9 @@ class Hardening:
     """Share of the other images of the batch that get what was found before for their class and another: a
     search takes a hundred times as long as a training step, and leaves most of the batch as it was. Ours; not
     in the papers."""
+    cost_spread: Annotated[float, Ge(1)] = 1.0
+    """Each period's searches have their cost multiplied by a number between 1 and this one, drawn evenly on a
+    logarithmic scale: dear searches find the faint triggers that there are, cheap ones the strong. Ours."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -400,6 +405,9 @@ class Hardener:
             self._choose(random)
         # A way that failed has to be looked for again from afar.
         schedule = self.first if begins or not bool(states.solved.all()) else self.later
+        assert schedule.shrink is not None
+        dear = replace(schedule.shrink, cost=schedule.shrink.cost * float(states.dearness))
+        schedule = replace(schedule, shrink=dear)
         data = self._images_of(states.pairs, images, labels, random)
         found = invert(
             self.model, data, states.pairs.clone(), self.problem, schedule,
@@ -440,6 +448,8 @@ class Hardener:
         promised = promise(states.gains, states.distances, min(main_steps / RAMP, 1.0))
         chosen = choose_pairs(promised, settings.pairs_at_once, settings.explore, random)
         states.begin_period(chosen, settings.period)
+        if settings.cost_spread > 1:
+            states.dearness.copy_(settings.cost_spread ** torch.rand((), generator=random))
 
     def _images_of(
         self, pairs: Tensor, images: Tensor, labels: Tensor, random: torch.Generator
