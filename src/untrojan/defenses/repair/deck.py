@@ -45,7 +45,8 @@ class DECK(Hardening):
     cost: Annotated[float, Gt(0)] = 1e-4
     """alpha of equation 11 to begin with; a pair's later steps have ten times as much. Not stated in the
     paper. At 1e-2 a search ends with faint changes of many kinds before it comes upon a backdoor as strong as
-    SIG's stripes, and hardening leaves it in; at 1e-4 it leaves a filter's."""
+    SIG's stripes, and hardening leaves it in; at 1e-4, and with costs of both kinds by turns, half of a
+    filter's stays."""
     cost_spread: Annotated[float, Ge(1)] = 100.0
     steps: Annotated[int, Ge(1)] = 150
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.25
