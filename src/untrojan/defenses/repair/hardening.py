@@ -37,7 +37,8 @@ from untrojan.triggers.base import to_bytes
 FEWEST_IMAGES = 5
 """Of each class: fewer make a trigger that fits them alone."""
 STORED_NUMBERS = 1 << 26
-"""Of remembered triggers at most, a quarter of a gigabyte: DECK's have half a million each."""
+"""Of remembered triggers at most, a quarter of a gigabyte: DECK's have half a million each,
+four times as many with 64 channels."""
 REPLAYED_AT_ONCE = 16
 """Images: DECK's triggers have two megabytes each."""
 RAMP = 1000
