@@ -48,16 +48,21 @@ def test_help_names_every_command() -> None:
     assert all(f" {command} " in shown for command in COMMANDS)
 
 
+def processor_seconds(*arguments: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    python(*arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_help_takes_under_half_a_second() -> None:
-    """In processor time, the least of several tries: other work on the machine only ever adds."""
-
-    def seconds() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        python("-m", "untrojan", "--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert min(seconds() for _ in range(4)) < 0.5
+    """The least of several tries, by turns with what it cannot do without: on a slow or busy machine, whose
+    processor time grows with what its other core does, no more than two and a half times what Typer's own help takes."""
+    helps, least = [], []
+    for _ in range(4):
+        helps.append(processor_seconds("-m", "untrojan", "--help"))
+        least.append(processor_seconds("-c", "import typer.rich_utils"))
+    assert min(helps) < max(0.5, 2.5 * min(least))
 
 
 def test_the_package_itself_is_light_and_still_offers_load() -> None:
