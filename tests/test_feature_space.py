@@ -16,6 +16,8 @@ from untrojan.inversion.engine import ANY, Adam, Schedule, all_pairs, invert
 from untrojan.inversion.feature_space import (
     FAST,
     PAPER,
+    STATISTICS,
+    STATISTICS_UNIT,
     FeatureSpacePattern,
     LossWeights,
     regional_convolution,
@@ -53,11 +55,11 @@ def identity_parameters(pattern: FeatureSpacePattern, image: Tensor) -> Tensor:
     parameters = pattern.initial(torch.tensor([[0, 1]]), (3, 16, 16))
     pixels = 255 * image.flatten(1)
     statistics = torch.stack([pixels.mean(1).expand(3), pixels.std(1, correction=0).expand(3)])
-    parameters[:, :6] = statistics.flatten() / pattern.statistics_unit
+    parameters[:, :6] = statistics.flatten() / STATISTICS_UNIT
     channels, z, m = pattern.encoder.channels, pattern.regions, pattern.kernel
     kernels = torch.zeros(z, z, channels, channels, m, m)
     kernels[:, :, range(channels), range(channels), m // 2, m // 2] = 1
-    parameters[:, 12:] = kernels.flatten()
+    parameters[:, STATISTICS:] = kernels.flatten()
     return parameters
 
 
@@ -166,11 +168,11 @@ def test_the_start_is_near_the_reconstruction_and_has_the_class_statistics() -> 
 
 @pytest.mark.parametrize("rate", [1e-3, 1e-2])
 def test_one_step_moves_statistics_by_a_hundredth_of_the_pixel_range(rate: float) -> None:
-    pattern = small_pattern(search_rate=rate)
+    pattern = small_pattern()
     images = (255 * images_of()).byte()
     parameters = pattern.initial_on(torch.tensor([[0, 1]]), lambda _: images)
     assert float(pattern.size(parameters).abs().max()) < 1e-3
-    stepped, _ = Adam(rate, (0.5, 0.9))(
+    stepped, _ = Adam(rate, (0.5, 0.9), leading=STATISTICS, leading_rate=1e-3)(
         parameters,
         torch.ones_like(parameters),
         torch.zeros(1, 2, parameters.shape[1]),
@@ -179,14 +181,16 @@ def test_one_step_moves_statistics_by_a_hundredth_of_the_pixel_range(rate: float
     )
     moved = pattern.unpack(parameters).mean - pattern.unpack(stepped).mean
     assert moved.flatten().tolist() == pytest.approx([2.55] * 3, rel=1e-3)
+    kernels = pattern.unpack(parameters).kernels - pattern.unpack(stepped).kernels
+    torch.testing.assert_close(kernels, torch.full_like(kernels, rate), rtol=1e-3, atol=1e-6)
 
 
 def test_price_is_equation_11() -> None:
     pattern = small_pattern(regions=2)
     images = images_of()
     parameters = pattern.initial_on(torch.tensor([[0, 1]]), lambda _: (255 * images).byte())
-    parameters[:, 0] += 30 / pattern.statistics_unit
-    parameters[:, 5] -= 6 / pattern.statistics_unit
+    parameters[:, 0] += 30 / STATISTICS_UNIT
+    parameters[:, 5] -= 6 / STATISTICS_UNIT
     embedded = pattern.embed(parameters, images[None])
     price, sizes = pattern.measure(parameters, images[None], embedded)
     before, after = 255 * images, 255 * embedded[0]

@@ -195,7 +195,7 @@ def test_other_images_of_the_batch_get_the_triggers_of_their_own_class(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_periods_searches_are_as_dear_as_was_drawn_for_it(
+def test_searches_take_turns_from_period_to_period(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
@@ -208,17 +208,16 @@ def test_a_periods_searches_are_as_dear_as_was_drawn_for_it(
 
     monkeypatch.setattr(hardening, "invert", watching)
     # Nothing is ever found, so that every step is a period's first.
-    moth = replace(QUICK, steps=8, period=2, cost_spread=100.0, flip_fraction=1.0)
+    moth = replace(QUICK, steps=8, period=2, flip_fraction=1.0)
     monkeypatch.setattr(MOTH, "generator", lambda *_: MaskGenerator(Adam(1e-9)))
+    monkeypatch.setattr(MOTH, "by_turns", lambda _, first: (first, replace(first, cost=0.5)))
     with pytest.raises(UntrojanError, match="nothing was hardened"):
         moth(model, clean)
     universal, *pairs = costs
-    assert universal == MaskGenerator().cost
-    periods = [pairs[place : place + 2] for place in range(0, len(pairs), 2)]
-    assert len(periods) >= 4
-    assert all(len(set(period)) == 1 for period in periods)
-    assert len({period[0] for period in periods}) == len(periods)
-    assert all(universal <= cost <= 100 * universal for cost in pairs)
+    usual = MaskGenerator().cost
+    assert universal == usual
+    assert len(pairs) >= 8
+    assert pairs == ([usual, usual, 0.5, 0.5] * len(pairs))[: len(pairs)]
 
 
 @pytest.mark.usefixtures("quick")
@@ -321,14 +320,19 @@ def test_decks_search_is_as_its_settings_say(
     decoder = Decoder(encoder).requires_grad_(False)
     decoder.psnr = 99.0
     monkeypatch.setattr("untrojan.defenses.repair.deck.prepare_decoder", lambda *_, **__: (encoder, decoder))
-    deck = DECK(regions=2, search_rate=0.02, cost=0.5)
+    deck = DECK(regions=2, search_rates=(0.02, 0.003), costs=(0.5, 0.25))
     made = deck.generator(model, clean)
     problem = made.problem(7)
-    assert (problem.regions, problem.search_rate, problem.seed) == (2, 0.02, 7)
+    assert (problem.regions, problem.seed) == (2, 7)
     schedules = deck.schedules(made)
-    assert [each.most_steps for each in schedules] == [100, 30, 10]
+    assert [each.most_steps for each in schedules] == [100, 40, 12]
     assert [each.shrink.cost for each in schedules if each.shrink] == [0.5, 0.5, 5.0]
-    assert {each.stepper.rate for each in schedules if isinstance(each.stepper, Adam)} == {0.02}
+    turns = deck.by_turns(made)
+    assert [(each.stepper.rate, each.stepper.leading_rate, each.cost) for each in turns] == [
+        (0.02, 1e-3, 0.5),
+        (0.003, 1e-3, 0.25),
+    ]
+    assert all(each.decoder is made.decoder for each in turns)
     assert [each.most_steps for each in MOTH().schedules(MaskGenerator())] == [200, 60, 20]
 
 
@@ -340,6 +344,8 @@ def test_decks_ablations_are_options() -> None:
     assert (deck.upsampling, deck.weights) == ("zero", LossWeights(content=0.0))
     with pytest.raises(UntrojanError, match="upsampling"):
         REPAIRS.build("deck", {"upsampling": "bilinear"})
+    with pytest.raises(UntrojanError, match="as many: 1 and 2 were given"):
+        REPAIRS.build("deck", {"search_rates": [0.01]})
 
 
 def test_too_few_images_are_refused(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:

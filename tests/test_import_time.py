@@ -57,7 +57,7 @@ def processor_seconds(*arguments: str) -> float:
 
 def test_help_takes_under_half_a_second() -> None:
     """The least of several tries, by turns with what it cannot do without: on a slow or busy machine, whose
-    processor time grows with what its other core does, no more than two and a half times what Typer's own help takes."""
+    processor time grows with what its other core does, at most two and a half times what Typer's takes."""
     helps, least = [], []
     for _ in range(4):
         helps.append(processor_seconds("-m", "untrojan", "--help"))

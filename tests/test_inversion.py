@@ -248,14 +248,18 @@ def test_what_never_meets_the_constraint_is_failed_however_small_it_is() -> None
     assert float(found.flip_fraction[1]) == 0.0
 
 
-def test_adam_is_torchs() -> None:
-    start = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    ours, memory = start.clone(), torch.zeros(2, 2, 3, 4, 4)
-    theirs = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9))
+@pytest.mark.parametrize("leading", [0, 20])
+def test_adam_is_torchs_with_another_rate_for_the_first_numbers(leading: int) -> None:
+    start = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
+    ours, memory = start.clone(), torch.zeros(2, 2, 48)
+    theirs = [part.clone().requires_grad_() for part in (start[:, :leading], start[:, leading:])]
+    groups = [{"params": theirs[0], "lr": 0.02}, {"params": theirs[1]}]
+    optimizer = torch.optim.Adam(groups, lr=0.1, betas=(0.5, 0.9))
+    stepper = Adam(leading=leading, leading_rate=0.02)
     for step in range(5):
-        gradients = theirs.detach() ** 2 - 0.3
-        theirs.grad = gradients
-        ours, memory = Adam()(ours, gradients, memory, torch.ones(2), torch.full((2,), step))
+        gradients = ours**2 - 0.3
+        for part, gradient in zip(theirs, (gradients[:, :leading], gradients[:, leading:]), strict=True):
+            part.grad = gradient.clone()
+        ours, memory = stepper(ours, gradients, memory, torch.ones(2), torch.full((2,), step))
         optimizer.step()
-    torch.testing.assert_close(ours, theirs.detach())
+    torch.testing.assert_close(ours, torch.cat(theirs, 1).detach())

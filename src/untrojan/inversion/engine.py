@@ -139,6 +139,9 @@ class Adam:
 
     rate: float = 0.1
     betas: tuple[float, float] = (0.5, 0.9)
+    leading: int = 0
+    """How many of the first numbers of flat parameters move by a rate of their own."""
+    leading_rate: float = 0.1
     memories: ClassVar[int] = 2
 
     def __call__(
@@ -149,8 +152,11 @@ class Adam:
         second = self.betas[1] * second + (1 - self.betas[1]) * gradients.square()
         mean = first / _per_pair(1 - self.betas[0] ** (steps + 1), first)
         variance = second / _per_pair(1 - self.betas[1] ** (steps + 1), second)
-        rates = _per_pair(self.rate * boost, gradients)
-        return parameters - rates * mean / (variance.sqrt() + 1e-8), torch.stack([first, second], 1)
+        moved = parameters - _per_pair(self.rate * boost, gradients) * mean / (variance.sqrt() + 1e-8)
+        if self.leading:
+            own = slice(self.leading)
+            moved[:, own] = parameters[:, own] + self.leading_rate / self.rate * (moved - parameters)[:, own]
+        return moved, torch.stack([first, second], 1)
 
 
 @dataclass(frozen=True)

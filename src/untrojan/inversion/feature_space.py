@@ -21,9 +21,11 @@ from untrojan.models.encoders import Encoder
 from untrojan.models.precision import Precision, autocast, is_mixed
 from untrojan.seeding import generator
 
-STATISTICS_STEP = 2.55
-"""Pixel levels, a hundredth of their range: what means and deviations move in one of Adam's steps, which are
-alike for all parameters and in kernels' units, whatever these are."""
+STATISTICS = 12
+"""The first of a pair's parameters: means and deviations, and the usual ones."""
+STATISTICS_UNIT = 2550.0
+"""Pixel levels to a parameter's one. Adam's steps are alike for all parameters: at a rate of .001 kernels,
+near one, move a thousandth and statistics a hundredth of the pixels' range."""
 
 IMAGES_A_FORWARD = 128
 """More outgrow a processor's caches: 512 cost half as much again each. An accelerator wants thousands."""
@@ -106,14 +108,7 @@ class FeatureSpacePattern:
     precision: Precision = "float32"
     """Of encoder and decoder in the search; in bfloat16 decoded pixels differ by a fifth of a level. The
     kernels, near one, would lose their small steps, and are always float32, as is :meth:`distance`."""
-    search_rate: float = 1e-3
-    """Adam's, for kernels."""
     both_sides: ClassVar[bool] = False
-
-    @property
-    def statistics_unit(self) -> float:
-        """Pixel levels to a parameter's one."""
-        return STATISTICS_STEP / self.search_rate
 
     def __post_init__(self) -> None:
         if self.regions < 1 or self.kernel < 1 or self.kernel % 2 == 0:
@@ -146,14 +141,16 @@ class FeatureSpacePattern:
             * torch.randn(z, z, channels, channels, m, m, generator=generator(self.seed, "kernels", *pair))
             for pair in pairs.tolist()
         ]
-        usual = usual / self.statistics_unit
+        usual = usual / STATISTICS_UNIT
         return torch.cat([usual, usual, torch.stack(drawn).flatten(1)], 1)
 
     def unpack(self, parameters: Tensor) -> Transformation:
         """Parameters (A, ...) by name, in pixel levels."""
         channels, z, m = self.encoder.channels, self.regions, self.kernel
-        mean, deviation, *usual = (parameters[:, :12] * self.statistics_unit).unflatten(1, (4, 3)).unbind(1)
-        kernels = parameters[:, 12:].view(-1, z, z, channels, channels, m, m)
+        mean, deviation, *usual = (
+            (parameters[:, :STATISTICS] * STATISTICS_UNIT).unflatten(1, (4, 3)).unbind(1)
+        )
+        kernels = parameters[:, STATISTICS:].view(-1, z, z, channels, channels, m, m)
         return Transformation(mean, deviation, usual[0].detach(), usual[1].detach(), kernels)
 
     def views(self, parameters: Tensor, sources: Tensor, targets: Tensor) -> Tensor:

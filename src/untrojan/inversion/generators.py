@@ -92,7 +92,7 @@ class FeatureGenerator:
     def problem(self, seed: int) -> FeatureSpacePattern:
         return FeatureSpacePattern(
             self.encoder, self.decoder, regions=self.regions, kernel=self.kernel, seed=seed,
-            precision=self.precision, weights=self.weights, search_rate=self.stepper.rate,
+            precision=self.precision, weights=self.weights,
         )  # fmt: skip
 
     def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:

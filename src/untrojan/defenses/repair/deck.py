@@ -5,15 +5,16 @@ Tao et al., "DECK: Model Hardening for Defending Pervasive Backdoors", sections 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Interval
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.hardening import Hardening
+from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import Adam
-from untrojan.inversion.feature_space import PAPER_WEIGHTS, LossWeights
+from untrojan.inversion.feature_space import PAPER_WEIGHTS, STATISTICS, LossWeights
 from untrojan.inversion.generators import FeatureGenerator, Generator
 from untrojan.models.classifier import Classifier
 from untrojan.models.decoders import Upsampling, prepare_decoder
@@ -24,7 +25,8 @@ class DECK(Hardening):
     """:mod:`untrojan.defenses.repair.hardening` with DECK's feature-space generator.
 
     D is the features' mean squared change. Raises UntrojanError, besides, where the encoder is not to be had
-    or no good enough decoder for it can be trained on the clean images.
+    or no good enough decoder for it can be trained on the clean images, and where there are not as many
+    search rates as costs.
     """
 
     stamped: Annotated[float, Interval(gt=0, le=1)] = 0.5
@@ -32,7 +34,7 @@ class DECK(Hardening):
     encoder: str = "local"
     """A name of :func:`untrojan.models.encoders.load_encoder`. ``vgg`` is the paper's; ``local`` needs
     nothing but the clean images. A decoder for it is taken from the cache where there is one."""
-    regions: Annotated[int, Ge(1)] = 8
+    regions: Annotated[int, Ge(1)] = 4
     """z: a map is cut into z x z regions. Not stated in the paper."""
     kernel: Annotated[int, Ge(1)] = 3
     """m, odd. Not stated in the paper."""
@@ -40,17 +42,23 @@ class DECK(Hardening):
     """The decoder's; the others are table X's."""
     weights: LossWeights = PAPER_WEIGHTS
     """Of what the search keeps small."""
-    search_rate: Annotated[float, Gt(0)] = 1e-2
-    """Adam's, in the search for a transformation. Not stated in the paper."""
-    cost: Annotated[float, Gt(0)] = 1e-4
-    """alpha of equation 11 to begin with; a pair's later steps have ten times as much. Not stated in the
-    paper. At 1e-2 a search ends with faint changes of many kinds before it comes upon a backdoor as strong as
-    SIG's stripes, and hardening leaves it in; at 1e-4, and with costs of both kinds by turns, half of a
-    filter's stays."""
-    cost_spread: Annotated[float, Ge(1)] = 100.0
+    search_rates: tuple[Annotated[float, Gt(0)], ...] = (1e-2, 1e-3)
+    """Adam's for kernels, from period to period by turns. Not stated in the paper. Long strides come upon
+    strong patterns such as SIG's stripes, short ones upon the small changes of a filter."""
+    costs: tuple[Annotated[float, Gt(0)], ...] = (1e-4, 1e-2)
+    """alpha of equation 11 to begin with, by the same turns; a pair's later steps have ten times as much. Not
+    stated in the paper."""
     steps: Annotated[int, Ge(1)] = 150
-    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.25
-    fast_steps: ClassVar[tuple[int, int, int]] = (100, 30, 10)
+    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.4
+    learning_rate: Annotated[float, Gt(0)] = 2e-3
+    fast_steps: ClassVar[tuple[int, int, int]] = (100, 40, 12)
+
+    def __post_init__(self) -> None:
+        if not self.search_rates or len(self.search_rates) != len(self.costs):
+            raise UntrojanError(
+                f"search_rates and costs go by turns, so there must be as many: {len(self.search_rates)} and "
+                f"{len(self.costs)} were given"
+            )
 
     def generator(self, model: Classifier, clean: ImageSet) -> FeatureGenerator:
         encoder, decoder = prepare_decoder(
@@ -58,8 +66,15 @@ class DECK(Hardening):
         )
         return FeatureGenerator(
             encoder, decoder, self.regions, self.kernel, model.precision, weights=self.weights,
-            stepper=Adam(self.search_rate, (0.5, 0.9)), cost=self.cost,
+            stepper=_stepper(self.search_rates[0]), cost=self.costs[0],
         )  # fmt: skip
+
+    def by_turns(self, generator: Generator) -> tuple[FeatureGenerator, ...]:
+        assert isinstance(generator, FeatureGenerator)
+        return tuple(
+            replace(generator, stepper=_stepper(rate), cost=cost)
+            for rate, cost in zip(self.search_rates, self.costs, strict=True)
+        )
 
     def told(self, generator: Generator) -> dict[str, Any]:
         assert isinstance(generator, FeatureGenerator)
@@ -69,3 +84,8 @@ class DECK(Hardening):
             "encoder_sha256": encoder.fingerprint(),
             "decoder_psnr": decoder.psnr,
         }
+
+
+def _stepper(rate: float) -> Adam:
+    """``rate`` is that of kernels."""
+    return Adam(rate, (0.5, 0.9), leading=STATISTICS, leading_rate=1e-3)

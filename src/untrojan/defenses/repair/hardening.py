@@ -11,7 +11,7 @@ pair's images in the batch, labels kept. Triggers set out from those found for t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -90,8 +90,6 @@ class PairStates:
         self.step, self.left = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
         self.pairs = torch.zeros(hand, 2, dtype=torch.int64)
         """The ordered pairs in hand: (s, t), (t, s), and so on."""
-        self.dearness = torch.ones(())
-        """What the period's costs are multiplied by."""
         self.solved, self.latest = torch.zeros(hand, dtype=torch.bool), torch.zeros(hand)
         slots = min(
             classes * (classes - 1), hand * periods, max(hand, STORED_NUMBERS // universal[0].numel())
@@ -104,6 +102,11 @@ class PairStates:
         self.visits = torch.full((hand * periods, 5), float("nan"), dtype=torch.float64)
         """Source, target, step, size before and after; NaN after where the last search failed."""
         self.visited = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def period(self) -> int:
+        """How many periods lie behind."""
+        return int(self.visited) // len(self.pairs)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
@@ -198,9 +201,6 @@ class Hardening:
     """Share of the other images of the batch that get what was found before for their class and another: a
     search takes a hundred times as long as a training step, and leaves most of the batch as it was. Ours; not
     in the papers."""
-    cost_spread: Annotated[float, Ge(1)] = 1.0
-    """Each period's searches have their cost multiplied by a number between 1 and this one, drawn evenly on a
-    logarithmic scale: dear searches find the faint triggers that there are, cheap ones the strong. Ours."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -224,6 +224,10 @@ class Hardening:
     def generator(self, model: Classifier, clean: ImageSet) -> Generator:
         """What makes one class look like another."""
         raise NotImplementedError
+
+    def by_turns(self, generator: Generator) -> tuple[Generator, ...]:
+        """Whose searches take turns from period to period: different ways to the same kind of trigger."""
+        return (generator,)
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
         """Harden a copy of ``model`` with ``clean``, images known to be rightly labelled.
@@ -376,7 +380,7 @@ class Hardener:
         self.settings, self.model, self.clean = settings, model, clean
         self.generator, self.problem = generator, generator.problem(settings.seed)
         self.states = states
-        _, self.first, self.later = settings.schedules(generator)
+        self.turns = [settings.schedules(each) for each in settings.by_turns(generator)]
 
     def __call__(
         self, images: Tensor, labels: Tensor, rows: Tensor, random: torch.Generator
@@ -405,10 +409,8 @@ class Hardener:
         if begins:
             self._choose(random)
         # A way that failed has to be looked for again from afar.
-        schedule = self.first if begins or not bool(states.solved.all()) else self.later
-        assert schedule.shrink is not None
-        dear = replace(schedule.shrink, cost=schedule.shrink.cost * float(states.dearness))
-        schedule = replace(schedule, shrink=dear)
+        _, first, later = self.turns[states.period % len(self.turns)]
+        schedule = first if begins or not bool(states.solved.all()) else later
         data = self._images_of(states.pairs, images, labels, random)
         found = invert(
             self.model, data, states.pairs.clone(), self.problem, schedule,
@@ -449,8 +451,6 @@ class Hardener:
         promised = promise(states.gains, states.distances, min(main_steps / RAMP, 1.0))
         chosen = choose_pairs(promised, settings.pairs_at_once, settings.explore, random)
         states.begin_period(chosen, settings.period)
-        if settings.cost_spread > 1:
-            states.dearness.copy_(settings.cost_spread ** torch.rand((), generator=random))
 
     def _images_of(
         self, pairs: Tensor, images: Tensor, labels: Tensor, random: torch.Generator
@@ -464,7 +464,7 @@ class Hardener:
         more: list[Tensor] = []
         for label in wanted.tolist():
             rows = self.clean.indices_of(label)
-            lacking = self.first.images_a_side - int((batch.labels == label).sum())
+            lacking = self.turns[0][1].images_a_side - int((batch.labels == label).sum())
             more.append(rows[torch.randperm(len(rows), generator=random)[: max(0, lacking)]])
         return concatenate([batch, self.clean.select(torch.cat(more))])
 
