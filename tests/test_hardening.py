@@ -221,14 +221,48 @@ def test_searches_take_turns_from_period_to_period(
 
 
 @pytest.mark.usefixtures("quick")
-def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
-    trained: tuple[Classifier, ImageSet, ImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_repaired_model_is_the_average_over_the_steps(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
+    seen: list[dict[str, Tensor]] = []
+    transform = Hardener.__call__
+
+    def watching(self: Hardener, *arguments: Any) -> Any:
+        seen.append({name: value.double() for name, value in self.model.state_dict().items()})
+        return transform(self, *arguments)
+
+    monkeypatch.setattr(Hardener, "__call__", watching)
+    last = QUICK(model, clean).model.state_dict()
+    steps = len(seen)
+    averaged = replace(QUICK, averaging=0.75)(model, clean).model.state_dict()
+    again = seen[steps:]
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(seen, again, strict=False) for name in a)
+    expected = dict(again[0])
+    for state in [*again[1:], {name: value.double() for name, value in last.items()}]:
+        expected = {name: 0.75 * expected[name] + 0.25 * state[name] for name in state}
+    for name, value in averaged.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(value, last[name])
+    assert any(not torch.equal(value, last[name]) for name, value in averaged.items())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("averaging", [0.0, 0.8])
+def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
+    trained: tuple[Classifier, ImageSet, ImageSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    averaging: float,
+) -> None:
+    model, clean, _ = trained
+    moth = replace(QUICK, averaging=averaging)
     model.train()
     model.network.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    whole = QUICK(model, clean)
+    whole = moth(model, clean)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     stamp_pairs, stops = Hardener._stamp_pairs, iter([False, False, False, False, True])
 
@@ -240,8 +274,8 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     monkeypatch.setattr(Hardener, "_stamp_pairs", stopping)
     place = tmp_path / "training.pt"
     with pytest.raises(KeyboardInterrupt):
-        QUICK(model, clean, checkpoint=place)
-    resumed = QUICK(model, clean, checkpoint=place)
+        moth(model, clean, checkpoint=place)
+    resumed = moth(model, clean, checkpoint=place)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     assert whole.history["visits"] == resumed.history["visits"]
@@ -253,7 +287,7 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     model.network.requires_grad_(True)
     model.eval()
     with pytest.raises(UntrojanError, match="another run"):
-        replace(QUICK, learning_rate=0.1)(model, clean, checkpoint=place)
+        replace(moth, learning_rate=0.1)(model, clean, checkpoint=place)
 
 
 @pytest.mark.usefixtures("quick")

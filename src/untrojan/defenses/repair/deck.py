@@ -48,11 +48,12 @@ class DECK(Hardening):
     costs: tuple[Annotated[float, Gt(0)], ...] = (1e-4, 1e-2)
     """alpha of equation 11 to begin with, by the same turns; a pair's later steps have ten times as much. Not
     stated in the paper."""
-    steps: Annotated[int, Ge(1)] = 150
-    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.3
+    steps: Annotated[int, Ge(1)] = 100
+    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
-    learning_rate: Annotated[float, Gt(0)] = 5e-3
-    """MOTH's code has a fifth of it, for as many steps again; filters outlast that."""
+    averaging: Annotated[float, Interval(ge=0, lt=1)] = 0.95
+    learning_rate: Annotated[float, Gt(0)] = 2e-3
+    """Twice that of MOTH's code, for a third of the steps: at less, filters outlast hardening."""
     fast_steps: ClassVar[tuple[int, int, int]] = (100, 40, 12)
 
     def __post_init__(self) -> None:
