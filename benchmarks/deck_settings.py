@@ -1,7 +1,7 @@
 """What DECK's settings leave of four backdoors in one model, and what they cost.
 
 The model is in no table: a VGG-11 with stripes of six cycles, the filters Gotham and Kelvin and a blended
-pattern, each into a class of its own. On it the settings were chosen that the paper leaves open.
+pattern, each into a class of its own. Settings that the paper leaves open can be compared on it.
 
 ``python benchmarks/deck_settings.py CIFAR10 [JSON ...]``: CIFAR-10 as ``untrojan.load`` takes it, and for
 each run the options that differ from the defaults, such as '{"replayed": 0.1}'; without any, the defaults
