@@ -13,10 +13,8 @@ def nin(num_classes: int, in_channels: int, image_size: int, width: float = 1.0)
     """192(5x5)-160-96, 192(5x5)-192-192, 192(3x3)-192-K: the other convolutions are 1x1.
 
     ReLU follows every convolution, the last one too, so logits are never negative; max pooling and dropout
-    lie between the three groups, global average pooling closes them. No batch norm. Of a narrower net dropout
-    takes a smaller share, half times the width: it has no channels to spare.
+    lie between the three groups, global average pooling closes them. No batch norm.
     """
-    dropped = 0.5 * min(width, 1.0)
     w160, w96, w192 = scaled(160, width), scaled(96, width), scaled(192, width)
     return he_initialise(
         nn.Sequential(
@@ -24,10 +22,10 @@ def nin(num_classes: int, in_channels: int, image_size: int, width: float = 1.0)
                 features=nn.Sequential(
                     *_mlpconv(in_channels, (w192, w160, w96), kernel=5),
                     nn.MaxPool2d(3, 2, padding=1),
-                    nn.Dropout(dropped),
+                    nn.Dropout(0.5),
                     *_mlpconv(w96, (w192, w192, w192), kernel=5),
                     nn.MaxPool2d(3, 2, padding=1),
-                    nn.Dropout(dropped),
+                    nn.Dropout(0.5),
                     *_mlpconv(w192, (w192, w192), kernel=3),
                 ),
                 classifier=nn.Conv2d(w192, num_classes, 1),
