@@ -15,6 +15,7 @@ from untrojan.attacks.record import PoisonRecord
 from untrojan.cli.main import main
 from untrojan.data.load import load
 from untrojan.data.save import save_npz
+from untrojan.defenses.repair import hardening
 from untrojan.defenses.repair.deck import DECK
 from untrojan.inversion.generators import MaskGenerator
 from untrojan.models.checkpoints import load_checkpoint
@@ -54,6 +55,7 @@ def data(tmp_path_factory):
 def test_it_writes_the_set_its_truth_and_what_was_computed(data, tmp_path, attack, capsys, monkeypatch):
     # No decoder is to be had of 100 images.
     monkeypatch.setattr(DECK, "generator", lambda *_: MaskGenerator())
+    monkeypatch.setattr(DECK, "by_turns", hardening.Hardening.by_turns)
     out = tmp_path / "attack"
     command = ["poison", str(data), "--attack", attack, *SETTINGS[attack], "--out", str(out)]
     assert main(command) == 0, capsys.readouterr().err

@@ -47,6 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     original = hardening.Hardening.schedules
     monkeypatch.setattr(hardening.Hardening, "schedules", schedules)
     monkeypatch.setattr(DECK, "generator", lambda *_: MaskGenerator())
+    monkeypatch.setattr(DECK, "by_turns", hardening.Hardening.by_turns)
 
 
 def test_the_pattern_leads_to_the_target_and_is_what_poisons(data: Splits, model: Classifier) -> None:
