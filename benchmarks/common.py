@@ -56,10 +56,12 @@ def report_cost(name: str, seconds: dict[str, float], more: str, less: str, at_m
 
 def _write(name: str, seconds: dict[str, float], ratio: float, wanted: float) -> None:
     print("  " + ", ".join(f"{way} {value:.3f} s" for way, value in seconds.items()))
-    found = {
-        "name": name, "ratio": round(ratio, 3), "wanted": wanted, "seconds": seconds,
-        "hardware": hardware(), "versions": versions(),
-    }  # fmt: skip
+    write(name, {"ratio": round(ratio, 3), "wanted": wanted, "seconds": seconds})
+
+
+def write(name: str, figures: dict[str, Any]) -> None:
+    """``results/benchmarks/NAME.json``: the figures, and what they were measured on."""
+    found = {"name": name, **figures, "hardware": hardware(), "versions": versions()}
     place = Path(__file__).parent.parent / "results" / "benchmarks" / f"{name}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

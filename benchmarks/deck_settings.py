@@ -14,10 +14,10 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import write
 
 import untrojan
 from untrojan.attacks.poisoning import Poisoning, TriggeredTest, poison_many
@@ -27,7 +27,6 @@ from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.memory import keep_freed_memory
 from untrojan.metrics.accuracy import attack_success_rate, benign_accuracy
 from untrojan.models.classifier import Classifier
-from untrojan.runs import hardware, versions
 from untrojan.training.loop import train_new
 from untrojan.training.presets import preset
 
@@ -79,9 +78,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         runs.append({"options": options, "seconds": round(seconds), **attacked.look(repaired)})
         print(json.dumps(runs[-1]), flush=True)
-    place = Path(__file__).parent.parent / "results" / "benchmarks" / "deck-settings.json"
-    found = {"name": "deck-settings", "runs": runs, "hardware": hardware(), "versions": versions()}
-    place.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write("deck-settings", {"runs": runs})
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ from untrojan.triggers.base import to_bytes
 FEWEST_IMAGES = 5
 """Of each class: fewer make a trigger that fits them alone."""
 STORED_NUMBERS = 1 << 26
-"""Of remembered triggers at most, a quarter of a gigabyte: DECK's have half a million each,
+"""Of remembered triggers at most, a quarter of a gigabyte: DECK's have 150,000 each,
 four times as many with 64 channels."""
 REPLAYED_AT_ONCE = 16
-"""Images: DECK's triggers have two megabytes each."""
+"""Images: DECK's triggers have half a megabyte each, or two."""
 RAMP = 1000
 """Steps after which distances outweigh gains fully in the choice of pairs: a = min(.1 step / 100, 1)."""
 
