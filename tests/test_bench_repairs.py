@@ -81,6 +81,15 @@ def test_repairs_share_the_victim_and_get_the_cells_seed(tmp_path: Path) -> None
     assert mended.stages["effects"].inputs["defended"].key == mended.stages["repair"].key
 
 
+def test_the_undefended_model_is_measured_once_for_all_repairs(tmp_path: Path) -> None:
+    both = 'repair = "clp"\nrobustness = true\ndistance = "mask"\nshare = 0.2'
+    plan = read_plan(written(tmp_path, PLAN.replace('repair = "clp"', both)))
+    cells = {cell.name: cell for cell in expand(plan)}
+    effects = [cells[f"signs/small/blend/{name}/1"].stages["effects"] for name in ("finetune", "clp")]
+    assert effects[0].key != effects[1].key
+    assert effects[0].inputs["gauged"].key == effects[1].inputs["gauged"].key
+
+
 def test_a_repair_after_a_training_defence_mends_what_that_made(tmp_path: Path) -> None:
     robust = '[defenses.robust]\ntraining = "pgd"\n[defenses.clp]\nafter = "robust"'
     plan = PLAN.replace("[defenses.clp]", robust)

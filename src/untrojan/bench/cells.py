@@ -435,7 +435,11 @@ class _Expansion:
             "share": defense.share,
             "seed": seed,
         }
-        inputs = {**known, "victim": victim, "defended": model}
+        gauged = self._stage(
+            "gauge", asked, {**known, "victim": victim}, f"{attack} undefended effects",
+            profile=f"{defense.robustness} {defense.distance}",
+        )  # fmt: skip
+        inputs = {**known, "victim": victim, "defended": model, "gauged": gauged}
         return {"effects": self._stage("assess", asked, inputs, f"{attack} {name} effects", profile=name)}
 
     def _stage(

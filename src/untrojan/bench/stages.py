@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from untrojan.attacks.infect import Infection
     from untrojan.attacks.poisoning import PoisonedData
     from untrojan.data.image_set import ImageSet, Splits
+    from untrojan.defenses.scanning.class_distance import ClassDistance
     from untrojan.defenses.scanning.report import ScanReport
+    from untrojan.inversion.generators import Generator
     from untrojan.metrics.exposure import Question, SortedTest
     from untrojan.models.classifier import Classifier
     from untrojan.triggers.base import Trigger
@@ -32,6 +34,7 @@ MODEL = "model.safetensors"
 PATTERN = "pattern.safetensors"
 FLAGS = "flags.safetensors"
 CRAFTED = "crafted.safetensors"
+DISTANCES = "distances.safetensors"
 
 
 def data(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -268,28 +271,59 @@ def _untouched(made: _Made, share: float, seed: int) -> ImageSet:
     return pool.select(balanced(pool, of_each, seed, "repair images"))
 
 
+def gauge(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Accuracy under attack and class distances of a victim: once, for all the defences that are held against
+    it."""
+    from safetensors.torch import save_file
+
+    victim, sections = _model(place.inputs["victim"]), {}
+    if config["robustness"]:
+        sections["robustness"] = _robust_accuracy(victim, config, place)
+    if config["distance"] is not None:
+        asked, generator = _distance_question(victim, config, place)
+        found = asked.distances(
+            victim, _poisoned(place).test, generator, checkpoint=place.scratch / "distances.safetensors"
+        )
+        save_file(found.tensors(), place.out / DISTANCES)
+    return sections
+
+
 def assess(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """What a defence did beside its task: accuracy under attack and class distances, before and after."""
-    from untrojan.distance_change import DistanceProbe, few_pairs
-    from untrojan.metrics.robustness import PROTOCOLS, robust_accuracy
+    from safetensors.torch import load_file
 
-    made = _poisoned(place)
+    from untrojan.defenses.scanning.class_distance import Distances
+    from untrojan.distance_change import DistanceProbe
+
     victim, defended = (_model(place.inputs[name]) for name in ("victim", "defended"))
     sections: dict[str, Any] = {}
     if config["robustness"]:
-        name = _record(place.inputs["data"])["config"]["name"]
-        before, after = (
-            robust_accuracy(each, made.test, PROTOCOLS.get(name), seed=config["seed"])
-            for each in (victim, defended)
-        )
+        before = _summary(place.inputs["gauged"])["robustness"]
+        after = _robust_accuracy(defended, config, place)
         sections["robustness"] = {"before": before, "after": after, "cost": before - after}
     if config["distance"] is not None:
-        asked = few_pairs(config["distance"], config["seed"])
-        learned = _untouched(made, config["share"], config["seed"])
-        probe = DistanceProbe.of(victim, learned, made.test, asked, place.scratch / "before.safetensors")
-        change = probe.compare(defended, place.scratch / "after.safetensors")
-        sections["distance"] = change.to_json()
+        asked, generator = _distance_question(victim, config, place)
+        found = Distances.of_tensors(load_file(place.inputs["gauged"] / DISTANCES))
+        probe = DistanceProbe(victim, _poisoned(place).test, asked, generator, found)
+        sections["distance"] = probe.compare(defended, place.scratch / "after.safetensors").to_json()
     return {"sections": sections}
+
+
+def _robust_accuracy(model: Classifier, config: Mapping[str, Any], place: Place) -> float:
+    from untrojan.metrics.robustness import PROTOCOLS, robust_accuracy
+
+    name = _record(place.inputs["data"])["config"]["name"]
+    return robust_accuracy(model, _poisoned(place).test, PROTOCOLS.get(name), seed=config["seed"])
+
+
+def _distance_question(
+    victim: Classifier, config: Mapping[str, Any], place: Place
+) -> tuple[ClassDistance, Generator]:
+    """How to measure, and what with: an encoder is made of the images that a repair has."""
+    from untrojan.distance_change import few_pairs
+
+    asked = few_pairs(config["distance"], config["seed"])
+    return asked, asked.generator(victim, _untouched(_poisoned(place), config["share"], config["seed"]))
 
 
 def infect(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -509,6 +543,7 @@ STAGES: Mapping[str, StageFunction] = {
     "defend": defend,
     "score_dropped": score_dropped,
     "repair": repair,
+    "gauge": gauge,
     "assess": assess,
     "scan": scan,
     "score_scan": score_scan,

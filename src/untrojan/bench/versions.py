@@ -24,6 +24,7 @@ VERSIONS: Mapping[str, int] = {
     "defend": 1,
     "score_dropped": 1,
     "repair": 1,
+    "gauge": 1,
     "assess": 1,
     "scan": 1,
     "score_scan": 1,

@@ -7,6 +7,7 @@ section III: some images of the one class, so many steps, most must flip, the sm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +49,15 @@ class Distances:
     """int64 (P, 2): those tried."""
     parameters: Tensor | None
     """float (P, ...): the nearest trial's transformation; None where all would be too large to keep."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that there is, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Distances:
+        """What :meth:`tensors` gave."""
+        return cls(tensors["matrix"], tensors["flips"], tensors["pairs"], tensors.get("parameters"))
 
 
 def schedule_of(
