@@ -89,6 +89,39 @@ def test_every_decoder_decodes_what_was_transformed(upsampling: Upsampling) -> N
     assert float(difference.abs().max()) < 0.51
 
 
+@pytest.mark.parametrize(("channels", "upsampling"), [(3, "gaussian"), (1, "gaussian"), (3, "swwae")])
+def test_relative_triggers_set_out_from_the_image_itself(channels: int, upsampling: Upsampling) -> None:
+    pattern = small_pattern()
+    torch.manual_seed(1)
+    decoder = Decoder(pattern.encoder, upsampling).requires_grad_(False)
+    decoder.psnr = 99.0
+    pattern = replace(pattern, decoder=decoder, relative=True)
+    images = images_of(6, channels)
+    # The statistics of any image: they are those of the parameters' own start.
+    parameters = identity_parameters(pattern, images[0])
+    parameters[:, 6:12] = parameters[:, :6]
+    torch.testing.assert_close(pattern.embed(parameters, images[None])[0], images, atol=1e-5, rtol=0)
+    _, distances = pattern.measure(parameters, images[None], pattern.embed(parameters, images[None]))
+    assert float(distances.max()) < 1e-3
+
+
+def test_relative_statistics_change_by_as_much_in_each_image() -> None:
+    pattern = replace(small_pattern(), relative=True)
+    images = 0.25 + 0.5 * images_of()
+    parameters = identity_parameters(pattern, images[0])
+    parameters[:, 6:12] = parameters[:, :6]
+    parameters[:, 1] += 20 / STATISTICS_UNIT
+    parameters[:, 3:6] *= 1.5
+    pixels = 255 * images
+    centre = pixels.mean((2, 3), keepdim=True)
+    shifted = 1.5 * (pixels - centre) + centre + torch.tensor([0.0, 20.0, 0.0]).view(3, 1, 1)
+    encoder, decoder = pattern.encoder, pattern.decoder
+    noise = decoder.noise(6, 8, 8, pattern.seed)
+    change = decoder(encoder(shifted), noise) - decoder(encoder(pixels), noise)
+    expected = (pixels + change).clamp(0, 255) / 255
+    torch.testing.assert_close(pattern.embed(parameters, images[None])[0], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_statistics_are_those_asked_for() -> None:
     images = 255 * images_of()
     mean, deviation = torch.tensor([100.0, 120.0, 30.0]), torch.tensor([20.0, 40.0, 7.0])
@@ -131,8 +164,9 @@ def test_a_regions_kernel_changes_that_region_alone() -> None:
     assert int(changed[1].sum()) == 4
 
 
-def test_the_gradient_reaches_the_parameters_alone() -> None:
-    pattern = small_pattern(regions=2)
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_gradient_reaches_the_parameters_alone(relative: bool) -> None:
+    pattern = replace(small_pattern(regions=2), relative=relative)
     images = images_of()
     parameters = pattern.initial_on(torch.tensor([[0, 1]]), lambda _: (255 * images).byte()).requires_grad_()
     embedded = pattern.embed(parameters, images[None])

@@ -400,3 +400,18 @@ def test_moth_enlarges_mask_distances(trained: tuple[Classifier, ImageSet, Image
     assert mean_distance(after) > 1.1 * mean_distance(before)
     assert relative_increase(before, after) > 0.1
     assert benign_accuracy(repaired, test) > benign_accuracy(model, test) - 0.1
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_cycle_ends_where_the_rate_is_nothing(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
+    model, clean, _ = trained
+    constant, cycle = (
+        [
+            epoch["learning_rate"]
+            for epoch in replace(QUICK, rate_schedule=each)(model, clean).history["epochs"]
+        ]
+        for each in ("constant", "one_cycle")
+    )
+    assert set(constant) == {QUICK.learning_rate}
+    assert max(cycle) <= QUICK.learning_rate
+    assert cycle[-1] < QUICK.learning_rate / 100

@@ -108,6 +108,11 @@ class FeatureSpacePattern:
     precision: Precision = "float32"
     """Of encoder and decoder in the search; in bfloat16 decoded pixels differ by a fifth of a level. The
     kernels, near one, would lose their small steps, and are always float32, as is :meth:`distance`."""
+    relative: bool = False
+    """Set out from the images themselves: statistics change by as much in each image, in place of becoming
+    the same in all, and the image gets what the transformation changes in its decoding. Ours. The paper's way
+    is far from an image before it has changed a feature, by the image's own brightness and contrast and by
+    the decoder's error, and so comes upon no pattern that is fainter than that."""
     both_sides: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -163,24 +168,44 @@ class FeatureSpacePattern:
     def embed(self, parameters: Tensor, images: Tensor) -> Tensor:
         self.encoder.to(images.device)
         self.decoder.to(images.device)
-        pairs, count, channels, height, width = images.shape
         found = self.unpack(parameters)
         pixels = 255 * images.expand(-1, -1, 3, -1, -1)
-        normalised = with_statistics(pixels, found.mean[:, None], found.deviation[:, None])
-        with autocast(self.precision, images.device):
-            encoding = self.encoder.encode(normalised.flatten(0, 1), switches=self.decoder.switched)
-        features = encoding.features.float().unflatten(0, (pairs, count))
-        changed = regional_convolution(features, found.kernels).flatten(0, 1)
-        rows, columns = changed.shape[2:]
-        noise = self.decoder.noise(count, rows, columns, self.seed)
-        with autocast(self.precision, images.device):
-            # What the decoder's first layer would do to a map four times as large.
-            given = changed.bfloat16() if is_mixed(self.precision, images.device) else changed
-            decoded = self.decoder(given, noise, encoding.switches)[..., :height, :width].float()
-        if channels == 1:
-            decoded = decoded.mean(1, keepdim=True)
-        embedded: Tensor = (decoded.clamp(0, 255) / 255).unflatten(0, (pairs, count))
+        decoded = self._decoded(self._normalised(pixels, found), found.kernels)
+        if self.relative:
+            with torch.no_grad():
+                unchanged = self._decoded(pixels)
+            decoded = pixels + (decoded - unchanged)
+        if images.shape[2] == 1:
+            decoded = decoded.mean(2, keepdim=True)
+        embedded: Tensor = decoded.clamp(0, 255) / 255
         return embedded
+
+    def _normalised(self, pixels: Tensor, found: Transformation) -> Tensor:
+        """Equation 1, or as much of a change for each image."""
+        mean, deviation = found.mean[:, None], found.deviation[:, None]
+        if not self.relative:
+            return with_statistics(pixels, mean, deviation)
+        centre = pixels.mean((-2, -1), keepdim=True)
+        spread = deviation / found.usual_deviation[:, None].clamp_min(1e-5)
+        shift = mean - found.usual_mean[:, None]
+        return (pixels - centre) * spread[..., None, None] + centre + shift[..., None, None]
+
+    def _decoded(self, pixels: Tensor, kernels: Tensor | None = None) -> Tensor:
+        """Of pixels (A, n, 3, H, W), through the kernels where there are any; not clipped."""
+        pairs, count, _, height, width = pixels.shape
+        with autocast(self.precision, pixels.device):
+            encoding = self.encoder.encode(pixels.flatten(0, 1), switches=self.decoder.switched)
+        features = encoding.features.float()
+        if kernels is not None:
+            features = regional_convolution(features.unflatten(0, (pairs, count)), kernels).flatten(0, 1)
+        rows, columns = features.shape[2:]
+        noise = self.decoder.noise(count, rows, columns, self.seed)
+        with autocast(self.precision, pixels.device):
+            # What the decoder's first layer would do to a map four times as large.
+            given = features.bfloat16() if is_mixed(self.precision, pixels.device) else features
+            decoded = self.decoder(given, noise, encoding.switches)[..., :height, :width].float()
+        unflattened: Tensor = decoded.unflatten(0, (pairs, count))
+        return unflattened
 
     def size(self, parameters: Tensor) -> Tensor:
         """Equation 9: how far the statistics are from the source class's, in pixel levels."""

@@ -88,11 +88,12 @@ class FeatureGenerator:
     weights: LossWeights = PAPER_WEIGHTS
     stepper: Adam = field(default_factory=lambda: Adam(1e-3, (0.5, 0.9)))
     cost: float = 1e-2
+    relative: bool = False
 
     def problem(self, seed: int) -> FeatureSpacePattern:
         return FeatureSpacePattern(
             self.encoder, self.decoder, regions=self.regions, kernel=self.kernel, seed=seed,
-            precision=self.precision, weights=self.weights,
+            precision=self.precision, weights=self.weights, relative=self.relative,
         )  # fmt: skip
 
     def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ class DECK(Hardening):
     """The decoder's; the others are table X's."""
     weights: LossWeights = PAPER_WEIGHTS
     """Of what the search keeps small."""
+    relative: bool = False
+    """Whether triggers set out from the images themselves:
+    :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`."""
     search_rates: tuple[Annotated[float, Gt(0)], ...] = (1e-2, 1e-3)
     """Adam's for kernels, from period to period by turns. Not stated in the paper. Long strides come upon
     strong patterns such as SIG's stripes, short ones upon the small changes of a filter."""
@@ -69,7 +72,7 @@ class DECK(Hardening):
         )
         return FeatureGenerator(
             encoder, decoder, self.regions, self.kernel, model.precision, weights=self.weights,
-            stepper=_stepper(self.search_rates[0]), cost=self.costs[0],
+            stepper=_stepper(self.search_rates[0]), cost=self.costs[0], relative=self.relative,
         )  # fmt: skip
 
     def by_turns(self, generator: Generator) -> tuple[FeatureGenerator, ...]:

@@ -210,6 +210,9 @@ class Hardening:
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
     learning_rate: Annotated[float, Gt(0)] = 1e-3
     """The released Keras code's; the PyTorch code has a tenth."""
+    rate_schedule: Literal["constant", "one_cycle"] = "constant"
+    """``one_cycle`` climbs to the learning rate and falls to nothing: what a high rate costs in accuracy is
+    won back while it falls. Ours."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     batch_size: Annotated[int, Ge(2)] = 128
     crop_padding: Annotated[int, Ge(0)] = 0
@@ -246,7 +249,7 @@ class Hardening:
         epochs = epochs_for(clean.num_classes + self.steps, len(clean), self.batch_size)
         recipe = Recipe(
             epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay, schedule="constant", crop_padding=self.crop_padding,
+            weight_decay=self.weight_decay, schedule=self.rate_schedule, crop_padding=self.crop_padding,
             flip=self.flip, precision=model.precision,
         )  # fmt: skip
         steps = epochs * -(-len(clean) // self.batch_size)
