@@ -1,6 +1,6 @@
 """How far triggers move an encoder's features, and how far DECK's search is from an image when it begins.
 
-Nothing that begins farther away than a trigger can come upon it as the smallest change.
+What begins farther away than a trigger makes no change as small as that before it has come back.
 
 ``python benchmarks/deck_reach.py CIFAR10``: CIFAR-10 as ``untrojan.load`` takes it. Writes
 ``results/benchmarks/deck-reach.json``.
