@@ -16,14 +16,15 @@ from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
 from untrojan.defenses.repair import hardening
 from untrojan.defenses.repair.deck import DECK
-from untrojan.defenses.repair.hardening import Hardener, PairStates, choose_pairs, promise
+from untrojan.defenses.repair.hardening import Hardener, PairStates, Turn, choose_pairs, promise
 from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import Adam, invert
 from untrojan.inversion.feature_space import LossWeights
-from untrojan.inversion.generators import FeatureGenerator, MaskGenerator
+from untrojan.inversion.filters import second_moments
+from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, MaskGenerator
 from untrojan.metrics.accuracy import benign_accuracy
 from untrojan.metrics.class_distance import mean_distance, relative_increase
 from untrojan.models.classifier import Classifier, to_float
@@ -99,11 +100,12 @@ def test_a_period_moves_distances_halfway_to_the_relative_change() -> None:
     assert states.known(states.pairs).tolist() == [[1.0, 1.0], [0.0, 0.0]]
     found = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
     states.keep(found, torch.tensor([60.0, 12.0]), torch.tensor([True, False]))
-    states.close_period()
+    states.close_period(7)
     assert float(states.distances[0, 1]) == pytest.approx((1.0 + 0.5) / 2)
     assert float(states.sizes[0, 1]) == 60
     assert (float(states.distances[1, 0]), float(states.sizes[1, 0])) == (0.25, 10.0)
     assert [visit["after"] for visit in states.history()] == [60.0, None]
+    assert {visit["step"] for visit in states.history()} == {7}
     # The next time the pair sets out from its own trigger, which a smaller one does not replace.
     states.begin_period([[0, 1]], 3)
     assert states.known(states.pairs).tolist() == [[5.0, 6.0], [0.0, 0.0]]
@@ -129,11 +131,11 @@ def test_only_the_pairs_images_are_stamped(trained: tuple[Classifier, ImageSet, 
     model, clean, _ = trained
     moth = replace(QUICK, flip_fraction=0.05, stamped=0.5, pairs_at_once=2)
     masks = MaskGenerator()
-    states = moth._warm_up(model, clean, masks, 9, None)
+    states = moth._warm_up(model, clean, masks, 0, 9, None)
     assert bool((states.gains.diagonal() == 0).all())
     assert bool((states.distances.diagonal() == 0).all())
     assert float(states.distances.max()) == 1
-    hardener = Hardener(moth, model, clean, masks, states)
+    hardener = Hardener(moth, model, clean, (Turn(masks),), [states])
     images, labels = to_float(clean.images), clean.labels
     rows = torch.arange(len(labels))
     stamped, kept = hardener(images, labels, rows, torch.Generator().manual_seed(0))
@@ -141,7 +143,7 @@ def test_only_the_pairs_images_are_stamped(trained: tuple[Classifier, ImageSet, 
     assert kept is labels
     assert int(changed.sum()) == 36
     assert not bool((labels[changed] == 0).any())
-    states.step.fill_(4)
+    hardener.step.fill_(4)
     stamped, _ = hardener(images, labels, rows, torch.Generator().manual_seed(0))
     changed = (stamped != images).flatten(1).any(1)
     assert set(states.pairs.flatten().tolist()) == {0, 1, 2, 3}
@@ -176,7 +178,8 @@ def test_other_images_of_the_batch_get_the_triggers_of_their_own_class(
         states.begin_period([[source, target]], 3)
         painted = torch.tensor([[(4 * source + target + 1) / 100], [(4 * target + source + 1) / 100]])
         states.keep(painted, torch.ones(2), torch.tensor([True, True]))
-    hardener = Hardener(replace(QUICK, replayed=0.5), model, clean, _Paint(), states)  # type: ignore[arg-type]
+    turns = (Turn(_Paint()),)  # type: ignore[arg-type]
+    hardener = Hardener(replace(QUICK, replayed=0.5), model, clean, turns, [states])
     images, labels = torch.ones(90, 3, 16, 16), clean.labels[:90]
     left = torch.arange(90) >= 10
     out = hardener._replay(images, labels, left, torch.Generator().manual_seed(0))
@@ -210,7 +213,7 @@ def test_searches_take_turns_from_period_to_period(
     # Nothing is ever found, so that every step is a period's first.
     moth = replace(QUICK, steps=8, period=2, flip_fraction=1.0)
     monkeypatch.setattr(MOTH, "generator", lambda *_: MaskGenerator(Adam(1e-9)))
-    monkeypatch.setattr(MOTH, "by_turns", lambda _, first: (first, replace(first, cost=0.5)))
+    monkeypatch.setattr(MOTH, "by_turns", lambda _, first: (Turn(first), Turn(replace(first, cost=0.5))))
     with pytest.raises(UntrojanError, match="nothing was hardened"):
         moth(model, clean)
     universal, *pairs = costs
@@ -218,6 +221,38 @@ def test_searches_take_turns_from_period_to_period(
     assert universal == usual
     assert len(pairs) >= 8
     assert pairs == ([usual, usual, 0.5, 0.5] * len(pairs))[: len(pairs)]
+
+
+@pytest.mark.usefixtures("quick")
+def test_triggers_of_two_kinds_are_kept_apart(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks and filters: other parameters, which nothing could mix."""
+    model, clean, _ = trained
+    searched: list[int] = []
+
+    def watching(*arguments: Any, **named: Any) -> Any:
+        if named["description"] == "inverting pairs":
+            searched.append(named["start"][0].numel())
+        return invert(*arguments, **named)
+
+    monkeypatch.setattr(hardening, "invert", watching)
+    masks, filters = MaskGenerator(), FilterGenerator(second_moments(to_float(clean.images)))
+    turns = (Turn(masks), Turn(filters, 1), Turn(masks))
+    monkeypatch.setattr(MOTH, "by_turns", lambda *_: turns)
+    moth = replace(QUICK, steps=18, period=2, flip_fraction=0.01, replayed=0.5)
+    report = moth(model, clean)
+    mask, window = (
+        each.problem(0).initial(torch.tensor([[0, 1]]), clean.image_shape)[0].numel()
+        for each in (masks, filters)
+    )
+    assert mask != window
+    assert searched[:12] == [mask, mask, window, window, mask, mask] * 2
+    steps = [visit["step"] for visit in report.history["visits"]]
+    assert steps == sorted(steps)
+    # Both ways of a period each, after two warm-ups of four steps.
+    assert steps[:4] == [10, 10, 12, 12]
+    assert len(steps) == report.history["searches"]["made"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -250,15 +285,17 @@ def test_the_repaired_model_is_the_average_over_the_steps(
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("averaging", [0.0, 0.8])
+@pytest.mark.parametrize(("averaging", "kinds"), [(0.0, 1), (0.8, 1), (0.8, 2)])
 def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     trained: tuple[Classifier, ImageSet, ImageSet],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     averaging: float,
+    kinds: int,
 ) -> None:
     model, clean, _ = trained
-    moth = replace(QUICK, averaging=averaging)
+    moth = replace(QUICK, averaging=averaging, steps=6 * kinds)
+    monkeypatch.setattr(MOTH, "by_turns", lambda _, first: tuple(Turn(first, kind) for kind in range(kinds)))
     model.train()
     model.network.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -361,13 +398,30 @@ def test_decks_search_is_as_its_settings_say(
     schedules = deck.schedules(made)
     assert [each.most_steps for each in schedules] == [100, 40, 12]
     assert [each.shrink.cost for each in schedules if each.shrink] == [0.5, 0.5, 5.0]
-    turns = deck.by_turns(made)
-    assert [(each.stepper.rate, each.stepper.leading_rate, each.cost) for each in turns] == [
-        (0.02, 1e-3, 0.5),
-        (0.003, 1e-3, 0.25),
+    searches = [turn.generator for turn in deck.by_turns(made)]
+    assert [(each.stepper, each.cost) for each in searches] == [
+        (replace(made.stepper, rate=0.02), 0.5),
+        (replace(made.stepper, rate=0.003), 0.25),
     ]
-    assert all(each.decoder is made.decoder for each in turns)
+    assert made.stepper.leading_rate == 1e-3
+    assert all(isinstance(each, FeatureGenerator) and each.decoder is made.decoder for each in searches)
     assert [each.most_steps for each in MOTH().schedules(MaskGenerator())] == [200, 60, 20]
+
+
+def test_decks_starts_go_by_turns_each_with_a_memory_of_its_own(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    encoder = Encoder([(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), nn.MaxPool2d(2))], [(4, 4)])
+    decoder = Decoder(encoder).requires_grad_(False)
+    decoder.psnr = 99.0
+    monkeypatch.setattr("untrojan.defenses.repair.deck.prepare_decoder", lambda *_, **__: (encoder, decoder))
+    for relative, memories in (((False, False), [0, 0]), ((True, False), [0, 1]), ((False, True), [0, 1])):
+        deck = DECK(relative=relative)
+        turns = deck.by_turns(deck.generator(model, clean))
+        assert [turn.memory for turn in turns] == memories
+        problems = [turn.generator.problem(0) for turn in turns]
+        assert [getattr(problem, "relative", None) for problem in problems] == list(relative)
 
 
 def test_decks_ablations_are_options() -> None:
@@ -378,7 +432,7 @@ def test_decks_ablations_are_options() -> None:
     assert (deck.upsampling, deck.weights) == ("zero", LossWeights(content=0.0))
     with pytest.raises(UntrojanError, match="upsampling"):
         REPAIRS.build("deck", {"upsampling": "bilinear"})
-    with pytest.raises(UntrojanError, match="as many: 1 and 2 were given"):
+    with pytest.raises(UntrojanError, match="as many of each: 1, 2 and 2 were given"):
         REPAIRS.build("deck", {"search_rates": [0.01]})
 
 

@@ -98,7 +98,7 @@ class DeckAdaptive(CraftedAttack):
         train(
             victim, images, recipe, seed=seed, checkpoint=checkpoint, description="adaptive attack",
             loss=learner.loss, augmented_transform=learner.prepare, after_step=learner.improve,
-            state=learner.tensors() | hardener.states.tensors(), method=f"{self} {hardening} {before}",
+            state=learner.tensors() | hardener.tensors(), method=f"{self} {hardening} {before}",
         )  # fmt: skip
         pattern = learner.pattern.detach().cpu()
         facts = {"pattern_norm": float(pattern.norm()), "largest_change": float(255 * pattern.abs().max())}

@@ -6,12 +6,12 @@ Tao et al., "DECK: Model Hardening for Defending Pervasive Backdoors", sections 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.repair.hardening import Hardening
+from untrojan.defenses.repair.hardening import Hardening, Turn
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import Adam
 from untrojan.inversion.feature_space import PAPER_WEIGHTS, STATISTICS, LossWeights
@@ -42,28 +42,33 @@ class DECK(Hardening):
     """The decoder's; the others are table X's."""
     weights: LossWeights = PAPER_WEIGHTS
     """Of what the search keeps small."""
-    relative: bool = False
-    """Whether triggers set out from the images themselves:
-    :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`."""
     search_rates: tuple[Annotated[float, Gt(0)], ...] = (1e-2, 1e-3)
     """Adam's for kernels, from period to period by turns. Not stated in the paper. Long strides come upon
     strong patterns such as SIG's stripes, short ones upon the small changes of a filter."""
     costs: tuple[Annotated[float, Gt(0)], ...] = (1e-4, 1e-2)
     """alpha of equation 11 to begin with, by the same turns; a pair's later steps have ten times as much. Not
     stated in the paper."""
+    relative: tuple[bool, ...] = (False, True)
+    """Whether triggers set out from the images themselves, by the same turns:
+    :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do; what is
+    fainter than its start is found by such triggers alone. Either kind has a warm-up and a memory of its
+    own."""
     steps: Annotated[int, Ge(1)] = 100
-    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
+    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.3
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
     averaging: Annotated[float, Interval(ge=0, lt=1)] = 0.95
-    learning_rate: Annotated[float, Gt(0)] = 2e-3
-    """Twice that of MOTH's code, for a third of the steps: at less, filters outlast hardening."""
+    learning_rate: Annotated[float, Gt(0)] = 5e-3
+    """Five times that of MOTH's code at the height of the cycle, for a third of the steps: at less, filters
+    outlast hardening."""
+    rate_schedule: Literal["constant", "one_cycle"] = "one_cycle"
     fast_steps: ClassVar[tuple[int, int, int]] = (100, 40, 12)
 
     def __post_init__(self) -> None:
-        if not self.search_rates or len(self.search_rates) != len(self.costs):
+        counts = [len(self.search_rates), len(self.costs), len(self.relative)]
+        if not counts[0] or len(set(counts)) > 1:
             raise UntrojanError(
-                f"search_rates and costs go by turns, so there must be as many: {len(self.search_rates)} and "
-                f"{len(self.costs)} were given"
+                "search_rates, costs and relative go by turns, so there must be as many of each: "
+                f"{counts[0]}, {counts[1]} and {counts[2]} were given"
             )
 
     def generator(self, model: Classifier, clean: ImageSet) -> FeatureGenerator:
@@ -72,14 +77,17 @@ class DECK(Hardening):
         )
         return FeatureGenerator(
             encoder, decoder, self.regions, self.kernel, model.precision, weights=self.weights,
-            stepper=_stepper(self.search_rates[0]), cost=self.costs[0], relative=self.relative,
+            stepper=_stepper(self.search_rates[0]), cost=self.costs[0], relative=self.relative[0],
         )  # fmt: skip
 
-    def by_turns(self, generator: Generator) -> tuple[FeatureGenerator, ...]:
+    def by_turns(self, generator: Generator) -> tuple[Turn, ...]:
         assert isinstance(generator, FeatureGenerator)
         return tuple(
-            replace(generator, stepper=_stepper(rate), cost=cost)
-            for rate, cost in zip(self.search_rates, self.costs, strict=True)
+            Turn(
+                replace(generator, stepper=_stepper(rate), cost=cost, relative=relative),
+                memory=int(relative != self.relative[0]),
+            )
+            for rate, cost, relative in zip(self.search_rates, self.costs, self.relative, strict=True)
         )
 
     def told(self, generator: Generator) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from untrojan.data.sampling import some_of_each
 from untrojan.defenses.repair.clean_data import epochs_for, weights_fingerprint
 from untrojan.defenses.repair.report import RepairReport
 from untrojan.errors import UntrojanError
-from untrojan.inversion.engine import ANY, Inversion, Schedule, Shrink, invert
+from untrojan.inversion.engine import ANY, Inversion, Problem, Schedule, Shrink, invert
 from untrojan.inversion.generators import Generator
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.frozen import frozen, trainable
@@ -74,7 +74,7 @@ def choose_pairs(promised: Tensor, count: int, explore: float, random: torch.Gen
 
 
 class PairStates:
-    """What hardening remembers of every ordered pair.
+    """What hardening remembers of every ordered pair and one kind of trigger.
 
     Each tensor is changed in place: the training loop saves them with its checkpoint.
     """
@@ -87,7 +87,7 @@ class PairStates:
         classes, hand = len(gains), 2 * min(pairs_at_once, len(gains) // 2)
         self.gains, self.universal, self.sizes = gains, universal, sizes.clone()
         self.distances = sizes / sizes.max().clamp_min(1e-12)
-        self.step, self.left = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        self.left = torch.zeros((), dtype=torch.int64)
         self.pairs = torch.zeros(hand, 2, dtype=torch.int64)
         """The ordered pairs in hand: (s, t), (t, s), and so on."""
         self.solved, self.latest = torch.zeros(hand, dtype=torch.bool), torch.zeros(hand)
@@ -144,7 +144,7 @@ class PairStates:
             if sizes[place] >= self.stored_sizes[slot]:
                 self.stored[slot], self.stored_sizes[slot] = parameters[place], sizes[place]
 
-    def close_period(self) -> None:
+    def close_period(self, step: int) -> None:
         """D becomes the mean of itself and the size's relative change, where the last search succeeded."""
         source, target = self.pairs.unbind(1)
         before = self.sizes[source, target]
@@ -152,7 +152,8 @@ class PairStates:
         halfway = (self.distances[source, target] + (after - before) / before.clamp_min(1e-12)) / 2
         self.distances[source, target] = torch.where(self.solved, halfway, self.distances[source, target])
         self.sizes[source, target] = after
-        seen = [source, target, self.step.expand(len(source)), before, after.where(self.solved, torch.nan)]
+        steps = torch.full((len(source),), step)
+        seen = [source, target, steps, before, after.where(self.solved, torch.nan)]
         first = int(self.visited)
         self.visits[first : first + len(source)] = torch.stack([each.double() for each in seen], 1)
         self.visited += len(source)
@@ -165,19 +166,14 @@ class PairStates:
             for source, target, step, before, after in self.visits[: int(self.visited)].tolist()
         ]  # fmt: skip
 
-    def searches(self) -> dict[str, int]:
-        """How many ways were searched, and for how many the last search failed.
 
-        Raises UntrojanError where not one ever succeeded.
-        """
-        after = self.visits[: int(self.visited), 4]
-        failed = int(after.isnan().sum())
-        if len(after) and not int(self.stored_count):
-            raise UntrojanError(
-                f"nothing was hardened: none of {failed} searches made images of one class look like "
-                "another's; search longer (schedule=paper) or ask for less (flip_fraction=0.5)"
-            )
-        return {"made": len(after), "failed": failed}
+@dataclass(frozen=True)
+class Turn:
+    """How one period searches."""
+
+    generator: Generator
+    memory: int = 0
+    """Turns that share one set out from each other's triggers, so these must be of one kind."""
 
 
 @dataclass(frozen=True)
@@ -232,9 +228,9 @@ class Hardening:
         """What makes one class look like another."""
         raise NotImplementedError
 
-    def by_turns(self, generator: Generator) -> tuple[Generator, ...]:
-        """Whose searches take turns from period to period: different ways to the same kind of trigger."""
-        return (generator,)
+    def by_turns(self, generator: Generator) -> tuple[Turn, ...]:
+        """Searches that take turns from period to period."""
+        return (Turn(generator),)
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
         """Harden a copy of ``model`` with ``clean``, images known to be rightly labelled.
@@ -246,7 +242,9 @@ class Hardening:
         """
         self._check(model, clean)
         generator = self.generator(model, clean)
-        epochs = epochs_for(clean.num_classes + self.steps, len(clean), self.batch_size)
+        turns = self.by_turns(generator)
+        warm_up = clean.num_classes * _kinds(turns)
+        epochs = epochs_for(warm_up + self.steps, len(clean), self.batch_size)
         recipe = Recipe(
             epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.learning_rate,
             weight_decay=self.weight_decay, schedule=self.rate_schedule, crop_padding=self.crop_padding,
@@ -254,19 +252,16 @@ class Hardening:
         )  # fmt: skip
         steps = epochs * -(-len(clean) // self.batch_size)
         repaired = trainable(model)
-        hardener = self._hardener(repaired, clean, generator, steps, checkpoint)
-        states = hardener.states
+        hardener = self._hardener(repaired, clean, turns, steps, checkpoint)
         history = train(
             repaired, clean, recipe, seed=self.seed, checkpoint=checkpoint, description="hardening",
             augmented_transform=hardener,
-            freeze_statistics=self.freeze_statistics, state=states.tensors() | hardener.average,
+            freeze_statistics=self.freeze_statistics, state=hardener.tensors(),
             method=f"{self} {weights_fingerprint(model)}",
         )  # fmt: skip
         hardener.settle()
-        if int(states.step) > clean.num_classes:
-            states.close_period()
-        told = {"searches": states.searches(), **self.told(generator)}
-        return RepairReport(repaired, {"epochs": history.to_json(), "visits": states.history(), **told})
+        told = {"visits": hardener.history(), "searches": hardener.searches(), **self.told(generator)}
+        return RepairReport(repaired, {"epochs": history.to_json(), **told})
 
     def hardener(
         self, model: Classifier, clean: ImageSet, steps: int, checkpoint: Path | None = None
@@ -276,14 +271,24 @@ class Hardening:
         The model is looked at as it is now, and whenever a batch comes. Raises UntrojanError as calling does.
         """
         self._check(model, clean)
-        return self._hardener(model, clean, self.generator(model, clean), steps, checkpoint)
+        turns = self.by_turns(self.generator(model, clean))
+        return self._hardener(model, clean, turns, steps, checkpoint)
 
     def _hardener(
-        self, model: Classifier, clean: ImageSet, generator: Generator, steps: int, checkpoint: Path | None
+        self,
+        model: Classifier,
+        clean: ImageSet,
+        turns: tuple[Turn, ...],
+        steps: int,
+        checkpoint: Path | None,
     ) -> Hardener:
-        periods = max(1, -(-(steps - clean.num_classes) // self.period))
-        states = self._warm_up(model, clean, generator, periods, checkpoint)
-        return Hardener(self, model, clean, generator, states)
+        kinds = _kinds(turns)
+        periods = max(1, -(-(steps - kinds * clean.num_classes) // self.period))
+        memories = [
+            self._warm_up(model, clean, _first_of(turns, kind).generator, kind, periods, checkpoint)
+            for kind in range(kinds)
+        ]
+        return Hardener(self, model, clean, turns, memories)
 
     def told(self, generator: Generator) -> dict[str, Any]:
         """What else the history says."""
@@ -327,14 +332,23 @@ class Hardening:
             )
 
     def _warm_up(
-        self, model: Classifier, clean: ImageSet, generator: Generator, periods: int, checkpoint: Path | None
+        self,
+        model: Classifier,
+        clean: ImageSet,
+        generator: Generator,
+        kind: int,
+        periods: int,
+        checkpoint: Path | None,
     ) -> PairStates:
         """Universal triggers for all classes at once, on ten images of each."""
         problem = generator.problem(self.seed)
         sample = some_of_each(clean, 10, self.seed, "warm-up")
         pairs = torch.tensor([[ANY, target] for target in range(clean.num_classes)])
+        number = f"-{kind}" if kind else ""
         place = (
-            None if checkpoint is None else checkpoint.with_name(f"universal-{checkpoint.stem}.safetensors")
+            None
+            if checkpoint is None
+            else checkpoint.with_name(f"universal{number}-{checkpoint.stem}.safetensors")
         )
         found = invert(
             model, sample, pairs, problem, self.schedules(generator)[0], seed=self.seed, checkpoint=place,
@@ -342,6 +356,14 @@ class Hardening:
         )  # fmt: skip
         gains, sizes = universal_effects(model, sample, generator, self.seed, found)
         return PairStates(gains, sizes, found.parameters, self.pairs_at_once, periods)
+
+
+def _kinds(turns: tuple[Turn, ...]) -> int:
+    return 1 + max(turn.memory for turn in turns)
+
+
+def _first_of(turns: tuple[Turn, ...], kind: int) -> Turn:
+    return next(turn for turn in turns if turn.memory == kind)
 
 
 @torch.no_grad()
@@ -374,7 +396,7 @@ def universal_effects(
 class Hardener:
     """What happens to each batch: an :data:`~untrojan.training.loop.AugmentedTransform`.
 
-    Its ``states`` change with every batch: give their tensors to the training loop.
+    Its ``tensors`` change with every batch: give them to the training loop.
     """
 
     def __init__(
@@ -382,32 +404,54 @@ class Hardener:
         settings: Hardening,
         model: Classifier,
         clean: ImageSet,
-        generator: Generator,
-        states: PairStates,
+        turns: tuple[Turn, ...],
+        memories: list[PairStates],
     ) -> None:
         self.settings, self.model, self.clean = settings, model, clean
-        self.generator, self.problem = generator, generator.problem(settings.seed)
-        self.states = states
+        self.turns, self.memories = turns, memories
+        self.step = torch.zeros((), dtype=torch.int64)
+        self.problems = [turn.generator.problem(settings.seed) for turn in turns]
+        kinds = range(len(memories))
+        self.problem_of = [_first_of(turns, kind).generator.problem(settings.seed) for kind in kinds]
+        """Of each memory's triggers."""
+        self.schedules = [settings.schedules(turn.generator) for turn in turns]
         self.average = {
             f"average {name}": value.clone()
             for name, value in model.state_dict().items()
             if settings.averaging and value.is_floating_point()
         }
         """What the repaired model is to be."""
-        self.turns = [settings.schedules(each) for each in settings.by_turns(generator)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold, by name."""
+        remembered = {
+            f"memory {place} {name}": value
+            for place, memory in enumerate(self.memories)
+            for name, value in memory.tensors().items()
+        }
+        return {"step": self.step, **remembered, **self.average}
+
+    @property
+    def turn(self) -> int:
+        """Whose period it is."""
+        return sum(memory.period for memory in self.memories) % len(self.turns)
+
+    @property
+    def warm_up_steps(self) -> int:
+        return self.clean.num_classes * len(self.memories)
 
     def __call__(
         self, images: Tensor, labels: Tensor, rows: Tensor, random: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        step = int(self.states.step)
+        step = int(self.step)
         self._remember()
         if self.settings.adversarial is not None:
             images = self.settings.adversarial(frozen(self.model), images, labels, random)
-        if step < self.clean.num_classes:
+        if step < self.warm_up_steps:
             stamped = self._stamp_universal(images, labels, step, random)
         else:
             stamped = self._stamp_pairs(images, labels, random)
-        self.states.step += 1
+        self.step += 1
         return stamped, labels
 
     def _remember(self) -> None:
@@ -416,40 +460,63 @@ class Hardener:
             average.lerp_(now[name.removeprefix("average ")], 1 - decay)
 
     def settle(self) -> None:
-        """After the last step: give the model the averages, where there are any."""
+        """After the last step: close its period, and give the model the averages, where there are any."""
+        if int(self.step) > self.warm_up_steps:
+            self.memories[self.turns[self.turn].memory].close_period(int(self.step))
         self._remember()
         averages = {name.removeprefix("average "): value for name, value in self.average.items()}
         self.model.load_state_dict(self.model.state_dict() | averages)
 
-    def _stamp_universal(
-        self, images: Tensor, labels: Tensor, target: int, random: torch.Generator
-    ) -> Tensor:
-        """Half of the other classes' images get the target's trigger."""
+    def history(self) -> list[dict[str, float | None]]:
+        """One entry for each period and way."""
+        seen = [visit for memory in self.memories for visit in memory.history()]
+        return sorted(seen, key=lambda visit: visit["step"] or 0)
+
+    def searches(self) -> dict[str, int]:
+        """How many ways were searched, and for how many the last search failed.
+
+        Raises UntrojanError where not one ever succeeded.
+        """
+        seen = self.history()
+        failed = sum(visit["after"] is None for visit in seen)
+        if seen and not any(int(memory.stored_count) for memory in self.memories):
+            raise UntrojanError(
+                f"nothing was hardened: none of {failed} searches made images of one class look like "
+                "another's; search longer (schedule=paper) or ask for less (flip_fraction=0.5)"
+            )
+        return {"made": len(seen), "failed": failed}
+
+    def _stamp_universal(self, images: Tensor, labels: Tensor, step: int, random: torch.Generator) -> Tensor:
+        """Half of the other classes' images get a target's trigger."""
+        kind, target = divmod(step, self.clean.num_classes)
         others = (labels != target).nonzero().flatten()
         drawn = torch.randperm(len(others), generator=random)[: len(others) // 2].to(labels.device)
-        return self._embedded(images, others[drawn], self.states.universal[target])
+        parameters = self.memories[kind].universal[target]
+        return self._embedded(self.problem_of[kind], images, others[drawn], parameters)
 
     def _stamp_pairs(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
-        states = self.states
+        states = self.memories[self.turns[self.turn].memory]
         begins = int(states.left) == 0
         if begins:
-            self._choose(random)
+            states = self._choose(states, random)
+        turn = self.turns[self.turn]
+        problem = self.problems[self.turn]
         # A way that failed has to be looked for again from afar.
-        _, first, later = self.turns[states.period % len(self.turns)]
+        _, first, later = self.schedules[self.turn]
         schedule = first if begins or not bool(states.solved.all()) else later
         data = self._images_of(states.pairs, images, labels, random)
         found = invert(
-            self.model, data, states.pairs.clone(), self.problem, schedule,
-            seed=self.settings.seed + int(states.step), start=states.known(states.pairs),
+            self.model, data, states.pairs.clone(), problem, schedule,
+            seed=self.settings.seed + int(self.step), start=states.known(states.pairs),
             description="inverting pairs",
         )  # fmt: skip
-        states.keep(found.parameters, self._sizes(data, found), found.solved)
+        states.keep(found.parameters, self._sizes(turn.generator, problem, data, found), found.solved)
         states.left -= 1
         stamped = torch.zeros(len(labels), dtype=torch.bool)
         for place in found.solved.nonzero().flatten().tolist():
             source, target = states.pairs[place].tolist()
             rows = self._some(labels, source, target, random)
-            images = self._embedded(images, rows, found.parameters[place])
+            images = self._embedded(problem, images, rows, found.parameters[place])
             stamped[rows.cpu()] = True
         return self._replay(images, labels, ~stamped, random)
 
@@ -462,21 +529,27 @@ class Hardener:
         sources, classes = labels.cpu()[rows], self.clean.num_classes
         targets = (sources + torch.randint(1, classes, (len(rows),), generator=random)) % classes
         pairs, out = torch.stack([sources, targets], 1), images.clone()
-        for part, their_rows in zip(pairs.split(REPLAYED_AT_ONCE), rows.split(REPLAYED_AT_ONCE), strict=True):
-            their_rows = their_rows.to(images.device)
-            parameters = self.states.known(part).to(images.device)
-            with torch.no_grad():
-                out[their_rows] = self.problem.embed(parameters, images[their_rows, None])[:, 0]
+        for kind, memory in enumerate(self.memories):
+            mine, their_pairs = rows[kind :: len(self.memories)], pairs[kind :: len(self.memories)]
+            for place, part in zip(
+                mine.split(REPLAYED_AT_ONCE), their_pairs.split(REPLAYED_AT_ONCE), strict=True
+            ):
+                place = place.to(images.device)
+                parameters = memory.known(part).to(images.device)
+                with torch.no_grad():
+                    out[place] = self.problem_of[kind].embed(parameters, images[place, None])[:, 0]
         return out
 
-    def _choose(self, random: torch.Generator) -> None:
-        states, settings = self.states, self.settings
-        main_steps = int(states.step) - self.clean.num_classes
+    def _choose(self, before: PairStates, random: torch.Generator) -> PairStates:
+        """Close the period of ``before``, where there was one, and begin the next one's turn."""
+        settings, main_steps = self.settings, int(self.step) - self.warm_up_steps
         if main_steps:
-            states.close_period()
+            before.close_period(int(self.step))
+        states = self.memories[self.turns[self.turn].memory]
         promised = promise(states.gains, states.distances, min(main_steps / RAMP, 1.0))
         chosen = choose_pairs(promised, settings.pairs_at_once, settings.explore, random)
         states.begin_period(chosen, settings.period)
+        return states
 
     def _images_of(
         self, pairs: Tensor, images: Tensor, labels: Tensor, random: torch.Generator
@@ -490,19 +563,17 @@ class Hardener:
         more: list[Tensor] = []
         for label in wanted.tolist():
             rows = self.clean.indices_of(label)
-            lacking = self.turns[0][1].images_a_side - int((batch.labels == label).sum())
+            lacking = self.schedules[0][1].images_a_side - int((batch.labels == label).sum())
             more.append(rows[torch.randperm(len(rows), generator=random)[: max(0, lacking)]])
         return concatenate([batch, self.clean.select(torch.cat(more))])
 
     @torch.no_grad()
-    def _sizes(self, data: ImageSet, found: Inversion) -> Tensor:
+    def _sizes(self, generator: Generator, problem: Problem, data: ImageSet, found: Inversion) -> Tensor:
         """Mean movement (A,) of the sources' images."""
         sizes = []
         for (source, _), parameters in zip(found.pairs.tolist(), found.parameters, strict=True):
             images = to_float(data.images[data.indices_of(source)], self.model.device)[None]
-            sizes.append(
-                self.generator.moved(self.problem, parameters[None].to(images.device), images).mean()
-            )
+            sizes.append(generator.moved(problem, parameters[None].to(images.device), images).mean())
         return torch.stack(sizes).cpu()
 
     def _some(self, labels: Tensor, source: int, target: int, random: torch.Generator) -> Tensor:
@@ -513,12 +584,12 @@ class Hardener:
         return rows[torch.randperm(len(rows), generator=random)[:count].to(rows.device)]
 
     @torch.no_grad()
-    def _embedded(self, images: Tensor, rows: Tensor, parameters: Tensor) -> Tensor:
+    def _embedded(self, problem: Problem, images: Tensor, rows: Tensor, parameters: Tensor) -> Tensor:
         """Images with the trigger on some rows."""
         if not len(rows):
             return images
         out = images.clone()
-        out[rows] = self.problem.embed(parameters[None].to(images.device), images[rows][None])[0]
+        out[rows] = problem.embed(parameters[None].to(images.device), images[rows][None])[0]
         return out
 
 
