@@ -294,6 +294,8 @@ BAD_OPTIONS = [
     ("audit {data} --out {out} --write-clean {out}/clean.docx", "clean.docx"),
     ("audit {data} --out {out} --write-clean {out}/no/clean.npz", "no folder"),
     ("audit {data} --out {data}", "not a folder"),
+    ("train {data} --out {out} --write-clean {out}.npz", "needs a defence"),
+    ("train {data} --out {out} --defense none --write-clean {data}", "--overwrite"),
     ("poison {data} --out {out} --trigger sticker --target 0 --count 1", "sticker"),
     (f"{POISON} --target dog --count 1", "dog"),
     (f"{POISON} --target 3 --count 1", "0 ant"),

@@ -23,6 +23,7 @@ from untrojan.data.image_set import ImageSet, numbered
 from untrojan.data.load import load
 from untrojan.data.save import save_npz
 from untrojan.defenses.cleansing.report import CleansingReport
+from untrojan.defenses.training.none import NONE
 from untrojan.errors import UntrojanError
 from untrojan.models.checkpoints import load_checkpoint
 from untrojan.models.registry import build_for
@@ -93,12 +94,20 @@ def test_poison_train_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert metrics["benign_accuracy"] == pytest.approx(float(expected))
 
 
-def test_training_with_a_defence(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_with_a_defence(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NONE, "dropped", lambda _, found: torch.arange(len(found.suspects)) % 10 == 3)
     model = tmp_path / "model"
     train = ["train", str(data), *TRAIN, "--epochs", "2", "--defense", "none", "--out", str(model)]
+    train += ["--write-clean", str(tmp_path / "kept.npz")]
     assert main([*train, "--defense-option", "epochs=3", "--defense-option", "separation=0"]) == 0
     metrics = json.loads((model / "metrics.json").read_text())
-    assert metrics["dropped"] < 60
+    assert metrics["dropped"] == 6
+    dropped = {line.split(",")[0] for line in (model / "dropped.csv").read_text().splitlines()[1:]}
+    kept = load(tmp_path / "kept.npz")
+    assert set(kept.train.ids) == set(load(data).train.ids) - dropped
+    assert kept.test is not None
     assert len(metrics["defense"]["rounds"]) == 1
     assert len((model / "dropped.csv").read_text().splitlines()) == 1 + metrics["dropped"]
     assert len((model / "history.csv").read_text().splitlines()) == 1 + 2 + 3

@@ -75,12 +75,7 @@ def audit(
         float, typer.Option(min=0.0001, max=0.5, help="Share of clean sets that may be called poisoned.")
     ] = 0.05,
     size: options.Size = None,
-    write_clean: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH", help="Write the set without the flagged images: .npz, .zip, .tar.gz or a folder."
-        ),
-    ] = None,
+    write_clean: options.WriteClean = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     overwrite: options.Overwrite = False,

@@ -41,6 +41,14 @@ Overwrite = Annotated[
 Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**32 - 1, help="Every random choice follows from it.")
 ]
+WriteClean = Annotated[
+    Path | None,
+    typer.Option(
+        "--write-clean",
+        metavar="PATH",
+        help="Write the set without the images that are not trusted: .npz, .zip, .tar.gz or a folder.",
+    ),
+]
 Size = Annotated[
     int | None, typer.Option("--size", min=8, max=512, help="Resize images to this many pixels a side.")
 ]

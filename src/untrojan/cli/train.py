@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -55,6 +55,7 @@ def train(
         bool | None, typer.Option("--augment/--no-augment", help="--no-augment: no crops, flips, rotations.")
     ] = None,
     size: options.Size = None,
+    write_clean: options.WriteClean = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     overwrite: options.Overwrite = False,
@@ -63,7 +64,8 @@ def train(
     """Train a classifier; a run that was cut off goes on where it was.
 
     Writes model.safetensors, history.csv, metrics.json and report.html to the folder and, with a defence,
-    dropped.csv: the images it did not trust in the end.
+    dropped.csv: the images it did not trust in the end. What a network has learned from these may outlast
+    what the defence does; --write-clean keeps the others, for a training anew.
 
     Example: [bold]untrojan train signs --net cnn --epochs 5 --out model[/bold]
 
@@ -71,6 +73,7 @@ def train(
     """
     options.begin(threads, quiet)
     from untrojan.data.load import load
+    from untrojan.data.save import write_clean as save
     from untrojan.metrics.accuracy import benign_accuracy
     from untrojan.models.checkpoints import save_checkpoint
     from untrojan.models.registry import check_name
@@ -90,6 +93,10 @@ def train(
     recipe = _recipe(preset, {key: value for key, value in changes.items() if value is not None})
     inputs.keep_apart(out, {"the data": data})
     chosen = _defense(defense, defense_option, seed)
+    if write_clean is not None:
+        if chosen is None:
+            raise UntrojanError("--write-clean needs a defence that drops images: add --defense none, say")
+        inputs.new_data(write_clean, overwrite, "--write-clean")
     config: dict[str, Any] = {"data": data, "size": size, "net": net, "recipe": recipe, "seed": seed}
     if chosen is not None:
         config["defense"] = {"name": defense, **options_of(chosen)}
@@ -112,11 +119,15 @@ def train(
         folder.write_json("metrics.json", metrics)
         save_checkpoint(folder.staged("model.safetensors"), model, splits.train.class_names)
         _write_page(folder, splits.train, report, config, metrics, cost)
+        if write_clean is not None:
+            save(write_clean, replace(splits, train=splits.train.select(~report.dropped)))
     if chosen is not None:
         options.say(
             f"images dropped: {metrics['dropped']} of {len(splits.train)}, see {out / 'dropped.csv'}",
             quiet=quiet,
         )
+    if write_clean is not None:
+        options.say(f"the set without them: {write_clean}", quiet=quiet)
     options.say(f"accuracy while training: {options.share(metrics['training_accuracy'])}", quiet=quiet)
     options.say(f"accuracy on test images: {options.share(metrics['benign_accuracy'])}", quiet=quiet)
     options.say(f"model: {out / 'model.safetensors'}", quiet=quiet)

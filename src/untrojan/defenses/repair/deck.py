@@ -6,7 +6,7 @@ Tao et al., "DECK: Model Hardening for Defending Pervasive Backdoors", sections 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Interval
 
@@ -50,17 +50,14 @@ class DECK(Hardening):
     stated in the paper."""
     relative: tuple[bool, ...] = (False, True)
     """Whether triggers set out from the images themselves, by the same turns:
-    :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do; what is
-    fainter than its start is found by such triggers alone. Either kind has a warm-up and a memory of its
-    own."""
+    :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do. Either kind
+    has a warm-up and a memory of its own. More than two searches may take turns."""
     steps: Annotated[int, Ge(1)] = 100
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.3
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
     averaging: Annotated[float, Interval(ge=0, lt=1)] = 0.95
-    learning_rate: Annotated[float, Gt(0)] = 5e-3
-    """Five times that of MOTH's code at the height of the cycle, for a third of the steps: at less, filters
-    outlast hardening."""
-    rate_schedule: Literal["constant", "one_cycle"] = "one_cycle"
+    learning_rate: Annotated[float, Gt(0)] = 2e-3
+    """Twice that of MOTH's code, for a third of the steps: at less, filters outlast hardening."""
     fast_steps: ClassVar[tuple[int, int, int]] = (100, 40, 12)
 
     def __post_init__(self) -> None:
