@@ -48,12 +48,12 @@ class DECK(Hardening):
     costs: tuple[Annotated[float, Gt(0)], ...] = (1e-4, 1e-2)
     """alpha of equation 11 to begin with, by the same turns; a pair's later steps have ten times as much. Not
     stated in the paper."""
-    relative: tuple[bool, ...] = (False, True)
+    relative: tuple[bool, ...] = (False, False)
     """Whether triggers set out from the images themselves, by the same turns:
     :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do. Either kind
     has a warm-up and a memory of its own. More than two searches may take turns."""
     steps: Annotated[int, Ge(1)] = 100
-    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.3
+    replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
     averaging: Annotated[float, Interval(ge=0, lt=1)] = 0.95
     learning_rate: Annotated[float, Gt(0)] = 2e-3
