@@ -410,9 +410,8 @@ class Hardener:
         self.settings, self.model, self.clean = settings, model, clean
         self.turns, self.memories = turns, memories
         self.step = torch.zeros((), dtype=torch.int64)
-        self.problems = [turn.generator.problem(settings.seed) for turn in turns]
         kinds = range(len(memories))
-        self.problem_of = [_first_of(turns, kind).generator.problem(settings.seed) for kind in kinds]
+        self.problems = [_first_of(turns, kind).generator.problem(settings.seed) for kind in kinds]
         """Of each memory's triggers."""
         self.schedules = [settings.schedules(turn.generator) for turn in turns]
         self.average = {
@@ -433,7 +432,7 @@ class Hardener:
 
     @property
     def turn(self) -> int:
-        """Whose period it is."""
+        """The place in ``turns`` of the one whose period it is."""
         return sum(memory.period for memory in self.memories) % len(self.turns)
 
     @property
@@ -492,7 +491,7 @@ class Hardener:
         others = (labels != target).nonzero().flatten()
         drawn = torch.randperm(len(others), generator=random)[: len(others) // 2].to(labels.device)
         parameters = self.memories[kind].universal[target]
-        return self._embedded(self.problem_of[kind], images, others[drawn], parameters)
+        return self._embedded(self.problems[kind], images, others[drawn], parameters)
 
     def _stamp_pairs(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
         states = self.memories[self.turns[self.turn].memory]
@@ -500,7 +499,7 @@ class Hardener:
         if begins:
             states = self._choose(states, random)
         turn = self.turns[self.turn]
-        problem = self.problems[self.turn]
+        problem = self.problems[turn.memory]
         # A way that failed has to be looked for again from afar.
         _, first, later = self.schedules[self.turn]
         schedule = first if begins or not bool(states.solved.all()) else later
@@ -537,7 +536,7 @@ class Hardener:
                 place = place.to(images.device)
                 parameters = memory.known(part).to(images.device)
                 with torch.no_grad():
-                    out[place] = self.problem_of[kind].embed(parameters, images[place, None])[:, 0]
+                    out[place] = self.problems[kind].embed(parameters, images[place, None])[:, 0]
         return out
 
     def _choose(self, before: PairStates, random: torch.Generator) -> PairStates:
