@@ -234,6 +234,43 @@ def test_a_second_probe_is_asked_by_the_audit_alone(tmp_path: Path) -> None:
         read_plan(written(tmp_path, text.replace('second_probe = "quick"', 'second_probe = "quik"')))
 
 
+def test_a_cleanser_may_look_through_a_probe_of_its_own(tmp_path: Path) -> None:
+    name = "signs/small/cross/re/0"
+    own = 'probe = { architecture = "lenet5", recipe = "quick" }\n'
+    text = SMALL.replace("[defenses.re]\n", f"[defenses.re]\n{own}")
+    one, two = cells_of(tmp_path, SMALL)[name], cells_of(tmp_path, text)[name]
+    probe = two.stages["audit"].inputs["probe"]
+    assert probe.config["architecture"] == "lenet5"
+    assert probe.config["recipe"]["flip"] is True
+    assert two.stages["undefended"].key == one.stages["undefended"].key
+    retrained = two.stages["retrained"].inputs["model"]
+    assert retrained.config["architecture"] == one.stages["undefended"].inputs["model"].config["architecture"]
+    others = cells_of(tmp_path, SMALL)["signs/small/cross/re-wide/0"], cells_of(tmp_path, text)
+    assert others[1]["signs/small/cross/re-wide/0"].key == others[0].key
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "said"),
+    [
+        (
+            '[defenses.re]\nprobe = { architecture = "lenet6", recipe = "quick" }',
+            "re.probe.architecture",
+            "lenet5",
+        ),
+        ('[defenses.re]\nprobe = { architecture = "lenet5", recipe = "quik" }', "re.probe.recipe", "'quik'"),
+        (
+            '[defenses.none]\nprobe = { architecture = "lenet5", recipe = "quick" }',
+            "none",
+            "probe is a cleanser's",
+        ),
+    ],
+)
+def test_a_probe_that_can_not_be(tmp_path: Path, line: str, key: str, said: str) -> None:
+    text = SMALL.replace(line.partition("\n")[0], line, 1)
+    with pytest.raises(UntrojanError, match=rf"(?s)defenses\.{key}.*{said}"):
+        read_plan(written(tmp_path, text))
+
+
 def test_every_attack_is_shown_to_the_clean_control(tmp_path: Path) -> None:
     cells = cells_of(tmp_path, SMALL)
     clean_model = cells["signs/small/A-1SC/re/0"].stages["clean_model"].inputs["model"]

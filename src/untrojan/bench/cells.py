@@ -48,7 +48,9 @@ class _Resolved:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         recipes = ((net.victim, net.probe, net.second_probe) for net in plan.nets.values())
-        names = dict.fromkeys(name for each in recipes for name in each if name is not None)
+        probes = (entry.probe.recipe for entry in plan.defenses.values() if entry.probe is not None)
+        named = itertools.chain(itertools.chain.from_iterable(recipes), probes)
+        names = dict.fromkeys(name for name in named if name is not None)
         self.recipes = {name: options_of(plan.recipe(name)) for name in names}
         self.attacks = {name: _attack_options(entry) for name, entry in plan.attacks.items()}
         self.defenses = {name: _defense_options(entry) for name, entry in plan.defenses.items()}
@@ -173,7 +175,7 @@ class _Expansion:
             "data": dict(self.data.config),
             "architecture": self.net.architecture,
             "victim": self.resolved.recipes[self.net.victim],
-            "probe": self.resolved.recipes[self.net.probe],
+            "probe": self.resolved.recipes[defense.probe.recipe if defense.probe else self.net.probe],
             "attack": dict(poisoned.config),
             "defense": dict(deciding.config) if deciding else None,
         }
@@ -308,11 +310,13 @@ class _Expansion:
         return self._stage("poison", {"attack": None, **classes}, {"data": self.data}, "clean set")
 
     def _trained(
-        self, recipe: str, poisoned: Stage, seed: int, label: str, pretrained: Stage | None = None
-    ) -> Stage:
-        """A model; where ``pretrained`` is given, that model's features beneath a last layer of its own."""
+        self, recipe: str, poisoned: Stage, seed: int, label: str, pretrained: Stage | None = None,
+        architecture: str | None = None,
+    ) -> Stage:  # fmt: skip
+        """A model, the net's where no ``architecture`` is given; where ``pretrained`` is, that model's
+        features beneath a last layer of its own."""
         config = {
-            "architecture": self.net.architecture,
+            "architecture": architecture or self.net.architecture,
             "recipe": self.resolved.recipes[recipe],
             "seed": seed,
         }
@@ -347,7 +351,13 @@ class _Expansion:
         self, attack: str, name: str, defense: DefenseEntry, poisoned: Stage, victim: Stage, seed: int
     ) -> dict[str, Stage]:
         pretrained = victim.inputs.get("pretrained")
-        probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe", pretrained)
+        own = defense.probe
+        if own is None:
+            probe = self._trained(self.net.probe, poisoned, seed, f"{attack} probe", pretrained)
+        else:
+            probe = self._trained(
+                own.recipe, poisoned, seed, f"{attack} {name} probe", architecture=own.architecture
+            )
         options = _seeded(self.resolved.defenses[name], defense.options, seed)
         config: dict[str, Any] = {"cleanser": defense.cleanser, "options": options}
         if not defense.canaries:
@@ -356,7 +366,7 @@ class _Expansion:
             config["trusted_per_class"] = defense.trusted_per_class
         known = self._known(poisoned)
         probes = {"probe": probe}
-        if self.net.second_probe is not None:
+        if self.net.second_probe is not None and own is None:
             probes["second_probe"] = self._trained(
                 self.net.second_probe, poisoned, seed, f"{attack} second probe", pretrained
             )

@@ -227,6 +227,14 @@ class AttackEntry(_Strict):
         return attack
 
 
+class ProbeEntry(_Strict):
+    """A net that a cleanser looks through, where it is not of the victim's kind."""
+
+    architecture: str
+    recipe: str
+    """One of this plan or a preset's name."""
+
+
 class ExposureEntry(_Strict):
     """How a detector is asked about an infected model; see :mod:`untrojan.metrics.exposure`."""
 
@@ -285,6 +293,8 @@ class DefenseEntry(_Strict):
     """Of the cleanser, the training defence or the repair."""
     trusted_per_class: Count | None = None
     """So many clean test images of each class, that the cleanser is given as trusted."""
+    probe: ProbeEntry | None = None
+    """The cleanser's own probe in place of the net's, and of its second one; retraining is the victim's."""
     retrain: bool = True
     target_known: bool = False
     """Retrain as if the auditor had been told the target class: only what was flagged there is removed. RE's
@@ -309,6 +319,8 @@ class DefenseEntry(_Strict):
             raise ValueError("pruning by the trigger stands alone: drop what stands beside it")
         if self.trusted_per_class and (self.cleanser is None or self.exposure is not None):
             raise ValueError("trusted_per_class is a cleanser's: name one, or see exposure's trusted_share")
+        if self.probe is not None and (self.cleanser is None or self.exposure is not None):
+            raise ValueError("a probe is a cleanser's: name one, or see the options of a training defence")
         if self.target_known and not (self.cleanser and self.retrain):
             raise ValueError("target_known is about retraining after a cleanser: name one, or drop it")
         if self.repair is None and self.model_fields_set & {"after", "share"}:
@@ -515,6 +527,9 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
     for name, defense in plan.defenses.items():
         if defense.exposure is not None:
             yield f"defenses.{name}.exposure", partial(_check_detector, defense.cleanser)
+        if defense.probe is not None:
+            yield f"defenses.{name}.probe.architecture", partial(check_name, defense.probe.architecture)
+            yield f"defenses.{name}.probe.recipe", partial(plan.recipe, defense.probe.recipe)
         if defense.cleanser is not None:
             yield f"defenses.{name}", partial(CLEANSERS.build, defense.cleanser, defense.options)
         if defense.training is not None:
