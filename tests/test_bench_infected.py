@@ -169,7 +169,7 @@ REPAIRS = """
 [defenses.none]
 [defenses.under-none]
 training = "none"
-options = { epochs = 1, separation = 0.0, layer_separation = 0.0 }
+options = { epochs = 1, split = "all-at-once", separation = 0.0 }
 [defenses.mended]
 repair = "finetune"
 options = { epochs = 1 }
@@ -209,7 +209,7 @@ def test_an_infected_model_is_mended_and_trained_on(tmp_path: Path) -> None:
 
 def test_no_other_training_defence_goes_on_from_a_model(tmp_path: Path) -> None:
     text = with_repairs(PLAN).replace('training = "none"', 'training = "abl"')
-    text = text.replace("options = { epochs = 1, separation = 0.0, layer_separation = 0.0 }", "")
+    text = text.replace('options = { epochs = 1, split = "all-at-once", separation = 0.0 }', "")
     with pytest.raises(UntrojanError, match=r'rbt/under-none: .*training = "none"'):
         expand(read_plan(written(tmp_path, text.split("[[tables]]")[0])))
 

@@ -74,7 +74,7 @@ def test_a_probe_that_learned_nothing_drops_nothing(monkeypatch: Any) -> None:
     data = small()
     monkeypatch.setattr(CleanseThenNONE, "_cleanser", lambda _: Finds(data.labels == 1))
     monkeypatch.setattr("untrojan.audit.training_accuracy", lambda *_: 0.2)
-    method = CleanseThenNONE(none_options={"epochs": 1, "separation": 1e9}, probe_recipe="desk-plain")
+    method = CleanseThenNONE(none_options={"epochs": 1, "excess": 1e9}, probe_recipe="desk-plain")
     report = method(data, "cnn@0.25", QUICK)
     assert report.evidence["cleansing"]["verdict"] == "undecided"
     assert not bool(report.dropped.any())

@@ -485,22 +485,33 @@ def test_only_maxima_and_probabilities_leave_a_client() -> None:
         assert {len(tensor) for tensor in reply.tensors.values()} == {40}
 
 
-def test_poisoned_images_are_flagged_and_the_backdoor_is_gone() -> None:
-    """Eight poisoned images in the middle client's share, and a net whose backdoor neuron is known."""
-    data = blocks(120)
-    poisoned = blocks(40, poisoned=8, seed=3)
+@pytest.mark.parametrize(
+    ("count", "expelled_at", "expelled"), [(7, 0.1, []), (16, 0.1, ["client-1"]), (16, 1.1, [])]
+)
+def test_poisoned_images_are_flagged_and_the_backdoor_is_gone(
+    count: int, expelled_at: float, expelled: list[str]
+) -> None:
+    """Poisoned images in the middle client's share, and a net whose backdoor neuron is known."""
+    data = blocks(240)
+    poisoned = blocks(80, poisoned=count, seed=3)
     frozen = replace(LOCAL, learning_rate=1e-12)
-    federation = Federation(KNOWN, 1, frozen, NONE(share=0.125, epochs=1, learning_rate=1e-12))
+    method = NONE(share=0.125, epochs=1, learning_rate=1e-12)
+    federation = Federation(KNOWN, 1, frozen, method, expelled_at=expelled_at)
     clients = population(data, own_code=KNOWN)
     clients[1] = replace(clients[1], data=poisoned)
     network = Recording(clients)
     report = serve(federation, network)
     (found,) = report.defense
     assert found["compromised"] == {"network.0": [BACKDOOR]}
-    assert found["dropped"] == {"client-0": 0, "client-1": 8, "client-2": 0}
+    assert found["dropped"] == {"client-0": 0, "client-1": count, "client-2": 0}
+    assert found["expelled"] == expelled
     orders = network.asked[-1]
     assert DROPPED not in orders[0].tensors
-    assert orders[1].tensors[DROPPED].tolist() == list(range(8))
+    # An attacker would keep its poison: one with much of it is not asked again.
+    assert (1 in orders) == (not expelled)
+    assert [each["client"] for each in report.excluded] == expelled
+    if not expelled:
+        assert orders[1].tensors[DROPPED].tolist() == list(range(count))
     weight = report.model.state_dict()["network.0.weight"]
     assert float(weight[BACKDOOR].abs().max()) < 1e-9
     assert float(weight[0].abs().max()) > 0.005

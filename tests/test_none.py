@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from untrojan.cost import measure
 from untrojan.data.image_set import ImageSet, numbered
-from untrojan.defenses.training.none import NONE, Analysis, linearity_scores, two_groups
+from untrojan.defenses.training.none import NONE, Analysis, linearity_by_class, two_groups
 from untrojan.errors import UntrojanError
 from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, predictions_of
@@ -26,22 +26,22 @@ QUICK = Recipe(epochs=1, batch_size=32, optimizer="sgd", learning_rate=1e-3)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-50, 50), min_size=2, max_size=40))
-def test_the_cut_is_otsus(values: list[int]) -> None:
-    split = two_groups(torch.tensor(values, dtype=torch.float32))
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=40), st.integers(1, 4))
+def test_the_cut_is_otsus(values: list[int], smallest: int) -> None:
+    split = two_groups(torch.tensor(values, dtype=torch.float32), smallest)
     array = np.array(values, dtype=float)
     total = ((array - array.mean()) ** 2).sum()
-    if total == 0:
+    cuts = [at for at in set(values) if min((array <= at).sum(), (array > at).sum()) >= smallest]
+    if not cuts:
         assert split.fit == 0.0
         assert not bool((torch.tensor(values) > split.at).any())
         return
     within = [
-        sum(((g - g.mean()) ** 2).sum() for g in (array[array <= at], array[array > at]))
-        for at in sorted(set(values))[:-1]
+        sum(((g - g.mean()) ** 2).sum() for g in (array[array <= at], array[array > at])) for at in cuts
     ]
     assert split.fit == pytest.approx(1 - min(within) / total, abs=1e-9)
     upper = array > split.at
-    assert 0 < upper.sum() < len(values)
+    assert smallest <= upper.sum() <= len(values) - smallest
     gap, spread = array[upper].mean() - array[~upper].mean(), array[upper].std() + array[~upper].std()
     assert split.separation == pytest.approx(gap / max(spread, 1e-9 * gap), rel=1e-6)
 
@@ -63,9 +63,9 @@ def test_scores_by_hand() -> None:
     activations = torch.tensor([[9.0, 1.0], [1.0, 1.0], [2.0, 1.0], [3.0, 1.0]])
     probabilities = torch.tensor([[0.99, 0.01], [0.01, 0.99], [0.01, 0.99], [0.01, 0.99]])
     # Class 0: 9 - (2 + 3 * 1); class 1: max 3 over its own, and a single weak image says nothing.
-    assert linearity_scores(activations, probabilities).tolist() == [4.0, 0.0]
+    assert linearity_by_class(activations, probabilities).tolist() == [[4.0, 0.0], [0.0, 0.0]]
     unsure = torch.full((4, 2), 0.5)
-    assert linearity_scores(activations, unsure).tolist() == [0.0, 0.0]
+    assert not bool(linearity_by_class(activations, unsure).any())
 
 
 def poisoned_blocks(poisoned: int = 40) -> ImageSet:
@@ -139,26 +139,65 @@ def test_nothing_is_dropped_where_there_are_no_two_groups() -> None:
     assert accuracy(report.model) == 1.0
 
 
-def test_layers_that_tell_nothing_apart_do_not_drown_those_that_do() -> None:
-    """The released sum takes an early layer's noise for as much as a late one's answer to the trigger."""
+def a_model_of(classes: int, poisoned: Tensor, **layers: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Activations by layer, of one channel for each class and one that answers to the poison; probabilities.
+    ``layers`` tell by how much, image by image."""
+    count = len(poisoned)
+    sure = torch.where(poisoned, TARGET, torch.arange(count) % classes)
+    probabilities = torch.full((count, classes), 1e-4).scatter(1, sure[:, None], 1 - 1e-4 * (classes - 1))
     random = torch.Generator().manual_seed(0)
+    found = {}
+    for name, answer in layers.items():
+        own = 3 * torch.nn.functional.one_hot(torch.arange(count) % classes, classes).float()
+        found[name] = torch.cat([own, answer[:, None]], 1)
+        found[name] += torch.randn(found[name].shape, generator=random)
+    return found, probabilities
+
+
+def test_a_class_in_two_groups_is_seen_where_the_sum_over_all_drowns_it() -> None:
     poisoned = torch.arange(2000) < 100
-    sure = torch.where(poisoned, TARGET, torch.arange(2000) % CLASSES)
-    probabilities = torch.full((2000, CLASSES), 0.01).scatter(1, sure[:, None], 0.97)
-    early, late = torch.randn(2, 2000, 1, generator=random)
-    early[0] = 30
-    late[poisoned] += 12
-    activations = {"early": 5 * early, "late": late}
-    released = NONE(layer_separation=0.0).judge(activations, probabilities)
+    early = torch.zeros(2000).index_fill(0, torch.tensor([0]), 30.0)
+    activations, probabilities = a_model_of(
+        CLASSES, poisoned, early=early, middle=9.0 * poisoned, late=12.0 * poisoned
+    )
+    activations["early"] *= 5
+    released = NONE(split="all-at-once", separation=0.0).judge(activations, probabilities)
     assert released.separation < 3
-    assert float(released.suspects[~poisoned].float().mean()) > 0.2
+    assert released.apart
+    assert float(released.suspects[~poisoned].float().mean()) > 0.1
     ours = NONE().judge(activations, probabilities)
-    assert ours.separation > 3
-    assert torch.equal(ours.suspects, poisoned)
-    assert ours.compromised.keys() == released.compromised.keys() == {"early", "late"}
-    alone = NONE().judge({"early": 5 * early}, probabilities)
-    assert (alone.separation, bool(alone.suspects.any())) == (0.0, False)
-    assert "early" in alone.compromised
+    assert ours.classes == (TARGET,)
+    assert float(ours.suspects[poisoned].float().mean()) == 1.0
+    assert not bool(ours.suspects[~poisoned].any())
+    assert ours.compromised.keys() == released.compromised.keys() == {"early", "middle", "late"}
+    assert two_groups(early).separation > 10
+    # One layer may see two kinds of images in any class: two have to agree, where there are two.
+    one, chances = a_model_of(CLASSES, poisoned, early=early, middle=0 * early, late=12.0 * poisoned)
+    assert not NONE().judge(one, chances).apart
+    assert NONE().judge({"late": one["late"]}, chances).classes == (TARGET,)
+    # So few images of a class fall into two groups by chance.
+    few, chances = a_model_of(60, poisoned[:1500], middle=9.0 * poisoned[:1500], late=12.0 * poisoned[:1500])
+    assert NONE().judge(few, chances).classes == (TARGET,)
+    small = {path: values[90:] for path, values in few.items()}
+    assert not NONE().judge(small, chances[90:]).apart
+
+
+def test_every_class_has_its_own_two_groups_where_every_class_is_attacked() -> None:
+    """All to all: what excites a channel is no tenth of any class, and all of them together."""
+    count = 2000
+    poisoned = torch.arange(count) % 20 == torch.arange(count) % CLASSES
+    labels = torch.where(poisoned, (torch.arange(count) + 1) % CLASSES, torch.arange(count) % CLASSES)
+    probabilities = torch.full((count, CLASSES), 0.01).scatter(1, labels[:, None], 0.97)
+    random = torch.Generator().manual_seed(0)
+    activations = {}
+    for name in ("one", "two"):
+        own = 3.0 * torch.nn.functional.one_hot(labels, CLASSES) + 9.0 * (
+            torch.nn.functional.one_hot(labels, CLASSES) * poisoned[:, None]
+        )
+        activations[name] = own + torch.randn(own.shape, generator=random)
+    found = NONE().judge(activations, probabilities)
+    assert found.classes == tuple(range(CLASSES))
+    assert torch.equal(found.suspects, poisoned)
 
 
 def test_as_printed_linear_channels_split_the_images() -> None:
@@ -282,7 +321,9 @@ def test_without_a_confident_prediction_nothing_is_reset_or_dropped() -> None:
 
 def test_where_everything_is_suspected_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     data = poisoned_blocks()
-    everything = Analysis({"network.0": torch.tensor([BACKDOOR])}, torch.ones(400, dtype=torch.bool), 99.0)
+    everything = Analysis(
+        {"network.0": torch.tensor([BACKDOOR])}, torch.ones(400, dtype=torch.bool), 99.0, True
+    )
     monkeypatch.setattr(NONE, "analyse", lambda *_: everything)
     report = NONE(epochs=1).defend(backdoored(), data, QUICK)
     assert not bool(report.dropped.any())
@@ -292,7 +333,7 @@ def test_where_everything_is_suspected_nothing_is_dropped(monkeypatch: pytest.Mo
 
 
 def test_nothing_dropped_is_said_in_words() -> None:
-    strict = NONE(share=0.125, epochs=1, separation=1e9)
+    strict = NONE(share=0.125, epochs=1, excess=1e9)
     report = strict.defend(backdoored(), poisoned_blocks(), QUICK)
     assert not bool(report.dropped.any())
     assert report.evidence["rounds"][0]["notes"] == [

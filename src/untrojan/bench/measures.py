@@ -86,6 +86,8 @@ MEASURES: Mapping[str, Measure] = {
     "dropping.precision": Measure("precision", "share"),
     "dropping.removed": Measure("dropped", "number"),
     "dropping.falsely_removed": Measure("dropped clean", "number"),
+    "defended.attackers_expelled": Measure("attackers expelled", "share"),
+    "defended.others_expelled": Measure("others expelled", "number"),
     "defense.seconds": Measure("defence s", "seconds"),
     "scan.anomaly_index": Measure("largest anomaly index", "number"),
     "scan.log10_p_value": Measure("log10 p", "number"),

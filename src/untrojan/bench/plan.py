@@ -121,6 +121,8 @@ class FederatedEntry(_Strict):
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Of the Dirichlet split; images are dealt out at random where it is left out."""
     weighting: Literal["equal", "images"] = "equal"
+    expelled_at: Annotated[float, Field(gt=0)] = 0.1
+    """Of its images dropped, the share from which on a client is left out; above 1, nobody is."""
     attack: dict[str, Any] = {}
     """Settings of the distributed backdoor; the rest is the paper's for images of the data's size."""
 

@@ -369,13 +369,16 @@ def federate(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
 
     splits, settings = _known_data(place.inputs["data"], place.sources), config["federated"]
     defense = None if config["defense"] is None else validated(NONE, config["defense"], "none")
+    population = Population(
+        settings["clients"], settings["malicious"], settings["alpha"], config["seed"]
+    )  # fmt: skip
     report = simulate(
         splits,
         Federation(
             config["architecture"], settings["rounds"], validated(Recipe, config["recipe"], "recipe"),
-            defense, settings["weighting"], config["seed"],
+            defense, settings["weighting"], config["seed"], settings["expelled_at"],
         ),
-        Population(settings["clients"], settings["malicious"], settings["alpha"], config["seed"]),
+        population,
         DistributedBackdoor.chosen(splits.train.image_shape, settings["attack"]),
         work=place.scratch,
     )  # fmt: skip
@@ -384,7 +387,12 @@ def federate(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     write_bytes_atomically(place.out / "evidence.json", json_text(evidence).encode())
     sections = {"undefended": report.before()}
     if (after := report.after()) is not None:
-        sections["defended"] = after
+        expelled = {name for found in report.defense for name in found["expelled"]}
+        attackers = {population.name(number) for number in range(population.malicious)}
+        sections["defended"] = after | {
+            "attackers_expelled": len(expelled & attackers) / max(1, len(attackers)),
+            "others_expelled": len(expelled - attackers),
+        }
     return {"sections": sections}
 
 

@@ -40,6 +40,15 @@ def federated(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A setting of NONE, epochs being rounds; repeatable."),
     ] = None,
+    expelled_at: Annotated[
+        float,
+        typer.Option(
+            "--expel-at",
+            min=0.001,
+            metavar="SHARE",
+            help="Leave out a client from then on, so much of whose images NONE drops; above 1: nobody.",
+        ),
+    ] = 0.1,
     net: options.Net = "resnet18-compact",
     dirichlet: Annotated[
         float | None,
@@ -140,7 +149,7 @@ def federated(
     small = _small(train)
     federation = _federation(
         net, rounds or (30 if small else 100), local_epochs or (1 if small else 2), learning_rate, batch_size,
-        weighting, defense, inputs.key_values(defense_option, "--defense-option"), seed,
+        weighting, defense, inputs.key_values(defense_option, "--defense-option"), seed, expelled_at,
     )  # fmt: skip
     plan = DistributedBackdoor.chosen(
         train.image_shape,
@@ -189,6 +198,7 @@ def _federation(
     defense: str,
     settings: dict[str, Any],
     seed: int,
+    expelled_at: float,
 ) -> Federation:
     from untrojan.defenses.training.none import NONE
     from untrojan.federated.server import Federation
@@ -204,7 +214,7 @@ def _federation(
     method = validated(NONE, {"seed": seed, **settings}, "--defense-option") if defense == "none" else None
     return Federation(
         net, rounds, validated(Recipe, recipe, "the local training"), method,
-        "images" if weighting == "images" else "equal", seed,
+        "images" if weighting == "images" else "equal", seed, expelled_at,
     )  # fmt: skip
 
 
@@ -275,6 +285,9 @@ def _summary(report: FederatedReport, out: Path, quiet: bool) -> None:
                 options.share(found["attack_success"]),
             )
             options.say(f"{what}: accuracy {accuracy}, attack success {success}", quiet=quiet)
+    for found in report.defense:
+        if found["expelled"]:
+            options.say(f"expelled: {', '.join(found['expelled'])}", quiet=quiet)
     if report.excluded:
         options.say(f"answers left out: {len(report.excluded)}, see {out / 'metrics.json'}", quiet=quiet)
     options.say(f"model: {out / 'model.safetensors'}", quiet=quiet)

@@ -5,8 +5,10 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 section 5.4, where NONE "requires the participants to use their data to test the global model and upload the
 activation values". The paper leaves the rest open. Here, after ``rounds`` rounds each client sends, image by
 image, its channels' largest outputs and its class probabilities, and no image; the server analyses all of
-them as one set, resets the compromised channels and tells each client which of its images to drop; then
-averaging goes on with batch norm's statistics frozen, for NONE's ``epochs`` rounds at its learning rate.
+them as one set and, since attackers' triggers differ, each client's for themselves; resets the compromised
+channels and tells each client which of its images to drop. An attacker won't: who has many such images is
+left out from then on. Averaging goes on with batch norm's statistics frozen, for NONE's ``epochs`` rounds at
+its learning rate.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from untrojan.defenses.training.none import NONE
@@ -69,6 +71,8 @@ class Federation:
     """What a client's update counts: alike, as in DBA, or by its images, as in FederatedAveraging. By images
     a client weighs what it says it has."""
     seed: int = 0
+    expelled_at: Annotated[float, Gt(0)] = 0.1
+    """A client at least this share of whose images is dropped trains no more; above 1, nobody is expelled."""
 
     def steps(self) -> list[str]:
         """What happens, round by round."""
@@ -251,7 +255,12 @@ class Server:
         chances = torch.cat([each[PROBABILITIES] for each in answers.values()])
         analysis = method.judge(pooled, chances)
         counts = [len(each[PROBABILITIES]) for each in answers.values()]
-        parts = dict(zip(answers, method.dropped(analysis).split(counts), strict=True))
+        parts = {}
+        for (name, each), rows in zip(answers.items(), method.dropped(analysis).split(counts), strict=True):
+            own = method.judge({path: each[LAYER + path] for path in layers}, each[PROBABILITIES])
+            # A later look sees a model that has forgotten some of it: what was dropped stays dropped.
+            before = self.dropped.get(name, torch.zeros(0, dtype=torch.int64))
+            parts[name] = (rows | method.dropped(own)).index_fill(0, before, True)
         self.dropped = {name: part.nonzero().flatten() for name, part in parts.items() if bool(part.any())}
         method.reset(self.model, nothing.float().to(self.model.device), analysis)
         self.found.append(
@@ -261,6 +270,7 @@ class Server:
                 "suspects": int(analysis.suspects.sum()),
                 "images": len(chances),
                 "dropped": {name: int(part.sum()) for name, part in parts.items()},
+                "expelled": sorted(self._expelled()),
             }
         )
         return {"clients": len(answers), "loss": None}
@@ -274,13 +284,18 @@ class Server:
         """By client, in the order of their names, what could be used of their answers."""
         weights = exchanged(self.model)
         packages = {}
+        expelled = self._expelled() if what == "train" else set()
         for node, member in self.members.items():
+            if member.name in expelled:
+                self._exclude(member.name, f"{len(self.dropped[member.name])} of its images look like poison")
+                continue
             rows = self.dropped.get(member.name) if what == "train" else None
             packages[node] = self._order(what, after_defense, weights if rows is None else {
                 **weights, DROPPED: rows
             })  # fmt: skip
         replies, answers = self.transport.ask(packages), {}
-        for node, member in sorted(self.members.items(), key=lambda item: item[1].name):
+        asked = [(node, member) for node, member in self.members.items() if node in packages]
+        for node, member in sorted(asked, key=lambda item: item[1].name):
             try:
                 reply = _arrived(replies.get(node, "no answer"), member.name)
                 answers[member.name] = usable(reply, member)
@@ -289,6 +304,15 @@ class Server:
         if not answers:
             self._nobody()
         return answers
+
+    def _expelled(self) -> set[str]:
+        """Clients with too many dropped images; none where that would be all of them."""
+        shares = {
+            member.name: len(self.dropped.get(member.name, ())) / member.images
+            for member in self.members.values()
+        }
+        found = {name for name, share in shares.items() if share >= self.federation.expelled_at}
+        return found if len(found) < len(shares) else set()
 
     def _order(
         self,

@@ -59,7 +59,11 @@ class Population:
         if number < self.malicious:
             part = plan.part(number, self.malicious, data.image_shape, self.seed)
             attacker = Attacker(plan, part)
-        return Client(f"client-{number:0{len(str(self.clients - 1))}}", data, self.seed, attacker, own_code)
+        return Client(self.name(number), data, self.seed, attacker, own_code)
+
+    def name(self, number: int) -> str:
+        """What client ``number`` is called."""
+        return f"client-{number:0{len(str(self.clients - 1))}}"
 
 
 def measure_on(test: ImageSet, plan: DistributedBackdoor, seed: int) -> Measure:

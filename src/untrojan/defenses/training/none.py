@@ -43,22 +43,25 @@ class Split:
     in either group."""
 
 
-def two_groups(values: Tensor) -> Split:
-    """The cut of (n,) values that leaves the least variance within two groups.
+def two_groups(values: Tensor, smallest: int = 1) -> Split:
+    """The cut of (n,) values that leaves the least variance within two groups of ``smallest`` or more.
 
     Otsu's, Jenks' and two-means' are the same in one dimension. Sorted prefix sums find it in O(n log n).
-    Where all values are equal, nothing lies above and the fit is 0.
+    Where all values are equal or there are too few for two groups, nothing lies above and the fit is 0.
     """
     values = values.double().sort().values
     count = len(values)
-    if count < 2 or float(values[-1] - values[0]) == 0:
+    if count < 2 * smallest or float(values[-1] - values[0]) == 0:
         return Split(float(values[-1]) if count else 0.0, 0.0, 0.0)
     ordered = values - values.mean()
     below = torch.arange(1, count, dtype=torch.float64)
     between = ordered.cumsum(0)[:-1].square() * count / (below * (count - below))
     # Equal values belong together: no cut between them.
     between[ordered[1:] == ordered[:-1]] = -1
+    between[: smallest - 1] = between[count - smallest :] = -1
     cut = int(between.argmax())
+    if between[cut] < 0:
+        return Split(float(values[-1]), 0.0, 0.0)
     lower, upper = ordered[: cut + 1], ordered[cut + 1 :]
     spread = float(lower.std(correction=0) + upper.std(correction=0))
     gap = float(upper.mean() - lower.mean())
@@ -66,22 +69,22 @@ def two_groups(values: Tensor) -> Split:
     return Split(float(values[cut]), min(max(fit, 0.0), 1.0), gap / max(spread, 1e-9 * gap))
 
 
-def linearity_scores(activations: Tensor, probabilities: Tensor) -> Tensor:
-    """How far each channel's peak for a class lies above what it does for all others, (C,).
-
-    ``activations`` (N, C), ``probabilities`` (N, K). For class k the strong images have p_k > .9 and the weak
-    p_k < .1; the score is max over strong of a - (mean + 3 std of a over weak), and the channel's is the
-    largest of all classes (the released code's rule). A class without strong or weak images scores 0.
-    """
-    return linearity_by_class(activations, probabilities).amax(0).clamp_min(0)
-
-
+FEWEST = 40
+"""Images of a class that are worth splitting: of so many normally distributed values one set in a hundred has
+a separation of 2, of 20 one in ten."""
+SMALLEST = 5
+"""Images in a group: a single one far from all others may be anything."""
 STRONG, WEAK = 0.9, 0.1
 """An image is strong for a class whose probability is above the one, and weak below the other."""
 
 
 def linearity_by_class(activations: Tensor, probabilities: Tensor) -> Tensor:
-    """The scores of which :func:`linearity_scores` takes the largest, (K, C); 0 for a class without any."""
+    """How far each channel's peak for a class lies above what it does for all others, (K, C).
+
+    ``activations`` (N, C), ``probabilities`` (N, K). For class k the strong images have p_k > .9 and the weak
+    p_k < .1; the score is max over strong of a - (mean + 3 std of a over weak). A class without strong or
+    weak images scores 0. A channel's score is the largest of all classes (the released code's rule).
+    """
     scores = torch.zeros(probabilities.shape[1], activations.shape[1])
     for label, confidence in enumerate(probabilities.T):
         strong, weak = activations[confidence > STRONG], activations[confidence < WEAK]
@@ -99,7 +102,12 @@ class Analysis:
     suspects: Tensor
     """bool (N,)."""
     separation: float
-    """How clearly the images fall into two groups, see :class:`Split`; in mode paper, by the best neuron."""
+    """How clearly images fall into two groups, see :class:`Split`: all of them; within classes, those of the
+    clearest class by its second-best layer (of :attr:`NONE.layers`); in mode paper, by the best neuron."""
+    apart: bool
+    """Whether two groups are really there: else no suspect is dropped."""
+    classes: tuple[int, ...] = ()
+    """Split within classes: those that fell into two groups."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +115,20 @@ class NONE:
     """NONE, as released or as printed.
 
     ``released``: train, then ``rounds`` times: the ``share`` of channels of every layer with the largest
-    :func:`linearity_scores` are compromised; images are split in two by the sum of each layer's worst
-    channel; compromised channels are set to zero; training goes on for ``epochs`` at ``learning_rate`` with
-    batch norm's statistics frozen. ``paper`` (algorithm 1): a channel is compromised where its mean output is
-    positive for ``theta`` of all images; each compromised channel splits the images, and those of the upper
-    group that lie ``deviations`` beyond the lower group's mean are dropped; channels are initialised anew.
+    linearity scores (:func:`linearity_by_class`) are compromised; images are split in two; compromised
+    channels are set to zero; training goes on for ``epochs`` at ``learning_rate`` with batch norm's
+    statistics frozen. ``paper`` (algorithm 1): a channel is compromised where its mean output is positive for
+    ``theta`` of all images; each compromised channel splits the images, and those of the upper group that lie
+    ``deviations`` beyond the lower group's mean are dropped; channels are initialised anew.
 
-    The code always splits, so it is told whether the data are poisoned. A defender is not: images are dropped
-    only where two groups are really there (``separation``), and layers that do not tell them apart have no
-    say in it (``layer_separation``). That is ours. The paper's threshold of .95, "the standard value that
-    evaluates the quality of such separation", may mean the goodness of variance fit; with one image in a
-    hundred poisoned that is .65, all of them told apart, and as much with none poisoned.
+    The code splits all images by the sum of each layer's worst channel, and always (``all-at-once`` with
+    ``separation`` 0), so it is told whether the data are poisoned. A defender is not: images are dropped
+    only where two groups are really there. And in a sum over all layers and classes what a class looks like
+    drowns what a trigger does. So ``within-classes``, which is ours, asks of each class and layer whether
+    the channel that is most linear for that class has the images that the model takes for it in two groups,
+    and believes layers that agree. The paper's threshold of .95, "the standard value that evaluates the
+    quality of such separation", may mean the goodness of variance fit; with one image in a hundred poisoned
+    that is .65, all of them told apart, and as much with none poisoned.
     """
 
     mode: Mode = "released"
@@ -126,12 +137,17 @@ class NONE:
     theta: Annotated[float, Interval(gt=0, le=1)] = 0.95
     deviations: Annotated[float, Gt(0)] = 3.0
     """lambda, not stated in the paper."""
-    separation: Annotated[float, Ge(0)] = 3.0
-    """Images are dropped only from groups at least so far apart, see :class:`Split`."""
+    split: Literal["within-classes", "all-at-once"] = "within-classes"
+    """How mode released splits the images."""
     layer_separation: Annotated[float, Ge(0)] = 2.0
-    """Of the layers' worst channels, only those that alone have the images so far apart are summed, each in
-    units of its own groups' distance: early layers answer to much, and would drown the rest. 0 sums all of
-    them as they are, which is the released code's way."""
+    """Within classes: a layer has a say where it has a class at least so far apart, see :class:`Split`."""
+    layers: Annotated[int, Ge(1)] = 2
+    """Within classes: of so many layers at least, or all where a network has fewer, ..."""
+    excess: Annotated[float, Ge(0)] = 1.0
+    """... and these lie so far above ``layer_separation`` in sum. Then the class's images that are in the
+    upper group of at least ``layers`` of them, and of half of them, are dropped."""
+    separation: Annotated[float, Ge(0)] = 3.0
+    """All at once, and in mode paper: images are dropped only from groups at least so far apart."""
     epochs: Annotated[int, Ge(1)] = 20
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     seed: int = 0
@@ -180,13 +196,10 @@ class NONE:
                     "compromised": {path: each.tolist() for path, each in analysis.compromised.items()},
                     "separation": analysis.separation,
                     "suspects": int(analysis.suspects.sum()),
+                    "classes": list(analysis.classes),
                     "dropped": int(dropped.sum()),
                     "classes_kept_whole": kept_whole,
-                    "notes": _notes(
-                        analysis,
-                        analysis.separation >= self.separation,
-                        [data.class_names[label] for label in kept_whole],
-                    ),
+                    "notes": _notes(analysis, [data.class_names[label] for label in kept_whole]),
                 }
             )
         return TrainingReport(model, dropped, history, {"rounds": found})
@@ -215,32 +228,57 @@ class NONE:
 
     def dropped(self, analysis: Analysis) -> Tensor:
         """bool (N,): the suspects where two groups of images are really there, else none."""
-        apart = analysis.separation >= self.separation
-        return analysis.suspects if apart else torch.zeros_like(analysis.suspects)
+        return analysis.suspects if analysis.apart else torch.zeros_like(analysis.suspects)
 
     def _released(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
-        compromised, excitement = {}, torch.zeros(len(probabilities), dtype=torch.float64)
+        compromised, linearity = {}, {}
         for path, values in activations.items():
-            scores = linearity_scores(values, probabilities)
+            linearity[path] = linearity_by_class(values, probabilities)
+            scores = linearity[path].amax(0).clamp_min(0)
             worst = scores.argsort(descending=True)[: math.ceil(self.share * len(scores))]
             # A channel without a score answers to no class beyond the others: nothing speaks against it.
-            if float(scores[worst[0]]) == 0:
-                continue
-            compromised[path] = worst[scores[worst] > 0]
-            excitement += self._excitement(values[:, worst[0]].double())
+            if float(scores[worst[0]]) > 0:
+                compromised[path] = worst[scores[worst] > 0]
+        if self.split == "within-classes":
+            return self._within_classes(compromised, linearity, activations, probabilities)
+        excitement = torch.zeros(len(probabilities), dtype=torch.float64)
+        for path, channels in compromised.items():
+            excitement += activations[path][:, channels[0]].double()
         split = two_groups(excitement)
-        return Analysis(compromised, excitement > split.at, split.separation)
+        apart = split.separation >= self.separation
+        return Analysis(compromised, excitement > split.at, split.separation, apart)
 
-    def _excitement(self, values: Tensor) -> Tensor:
-        """What a layer's worst channel (N,) adds to the sum by which images are split."""
-        if self.layer_separation == 0:
-            return values
-        split = two_groups(values)
-        if split.separation < self.layer_separation:
-            return torch.zeros_like(values)
-        upper = values > split.at
-        lowest, highest = values[~upper].mean(), values[upper].mean()
-        return (values - lowest) / (highest - lowest)
+    def _within_classes(
+        self,
+        compromised: dict[str, Tensor],
+        linearity: dict[str, Tensor],
+        activations: dict[str, Tensor],
+        probabilities: Tensor,
+    ) -> Analysis:
+        predicted, enough = probabilities.argmax(1), min(self.layers, len(activations))
+        suspects, clearest = torch.zeros(len(predicted), dtype=torch.bool), 0.0
+        classes = []
+        for label in range(probabilities.shape[1]):
+            rows = (predicted == label).nonzero().flatten()
+            if len(rows) < FEWEST:
+                continue
+            splits = []
+            for path, values in activations.items():
+                channel = int(linearity[path][label].argmax())
+                if float(linearity[path][label, channel]) > 0:
+                    own = values[rows, channel].double()
+                    found = two_groups(own, SMALLEST)
+                    splits.append((found.separation, own > found.at))
+            splits.sort(key=lambda each: each[0], reverse=True)
+            if len(splits) >= enough:
+                clearest = max(clearest, splits[enough - 1][0])
+            agreeing = [each for each in splits if each[0] >= self.layer_separation]
+            beyond = sum(separation - self.layer_separation for separation, _ in agreeing)
+            if len(agreeing) >= enough and beyond >= self.excess:
+                votes = torch.stack([upper for _, upper in agreeing]).sum(0)
+                suspects[rows[votes >= max(enough, len(agreeing) / 2)]] = True
+                classes.append(label)
+        return Analysis(compromised, suspects, clearest, bool(classes), tuple(classes))
 
     def _paper(self, activations: dict[str, Tensor]) -> Analysis:
         suspects, best = torch.zeros(len(next(iter(activations.values()))), dtype=torch.bool), 0.0
@@ -258,7 +296,7 @@ class NONE:
                 lower = own[own <= split.at]
                 apart = (own - lower.mean()).abs() >= self.deviations * lower.std().clamp_min(1e-12)
                 suspects |= (own > split.at) & apart
-        return Analysis(compromised, suspects, best)
+        return Analysis(compromised, suspects, best, best >= self.separation)
 
     def reset(self, model: Classifier, image: Tensor, analysis: Analysis) -> None:
         """Zero the compromised channels of ``model`` itself, or draw them anew in mode paper.
@@ -283,12 +321,12 @@ class NONE:
                     layer.bias[where] = 0
 
 
-def _notes(analysis: Analysis, apart: bool, kept_whole: list[str]) -> list[str]:
+def _notes(analysis: Analysis, kept_whole: list[str]) -> list[str]:
     """What a reader might else take for a fault, in words."""
     notes = []
     if not analysis.compromised:
         notes.append("no neuron is compromised: no class is predicted with confidence, or none excites one")
-    elif not apart:
+    elif not analysis.apart:
         notes.append("the images do not fall into two groups: none was dropped")
     if kept_whole:
         notes.append(f"all images of {', '.join(kept_whole[:5])} look like poison: none of them was dropped")
