@@ -33,6 +33,7 @@ CLEANSERS: Registry[Cleanser] = Registry(
         "beatrix": "untrojan.defenses.cleansing.beatrix:Beatrix",
         "consistency": "untrojan.defenses.cleansing.consistency:Consistency",
         "cluster-impurity": "untrojan.defenses.cleansing.cluster_impurity:ClusterImpurity",
+        "linearity": "untrojan.defenses.cleansing.linearity:Linearity",
         "subspace-reconstruction": (
             "untrojan.defenses.cleansing.subspace_reconstruction:SubspaceReconstruction"
         ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -108,6 +108,10 @@ class Analysis:
     """Whether two groups are really there: else no suspect is dropped."""
     classes: tuple[int, ...] = ()
     """Split within classes: those that fell into two groups."""
+    separations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Split within classes: of each class that is large enough, how far apart each layer has its images."""
+    votes: Tensor | None = None
+    """Split within classes: float (N,), how many layers have a say and the image in their upper group."""
 
 
 @dataclass(frozen=True)
@@ -256,29 +260,33 @@ class NONE:
         probabilities: Tensor,
     ) -> Analysis:
         predicted, enough = probabilities.argmax(1), min(self.layers, len(activations))
-        suspects, clearest = torch.zeros(len(predicted), dtype=torch.bool), 0.0
-        classes = []
+        votes, suspects = torch.zeros(len(predicted)), torch.zeros(len(predicted), dtype=torch.bool)
+        separations: dict[int, dict[str, float]] = {}
+        classes, clearest = [], 0.0
         for label in range(probabilities.shape[1]):
             rows = (predicted == label).nonzero().flatten()
             if len(rows) < FEWEST:
                 continue
-            splits = []
+            own: dict[str, float] = {}
             for path, values in activations.items():
                 channel = int(linearity[path][label].argmax())
                 if float(linearity[path][label, channel]) > 0:
-                    own = values[rows, channel].double()
-                    found = two_groups(own, SMALLEST)
-                    splits.append((found.separation, own > found.at))
-            splits.sort(key=lambda each: each[0], reverse=True)
-            if len(splits) >= enough:
-                clearest = max(clearest, splits[enough - 1][0])
-            agreeing = [each for each in splits if each[0] >= self.layer_separation]
-            beyond = sum(separation - self.layer_separation for separation, _ in agreeing)
-            if len(agreeing) >= enough and beyond >= self.excess:
-                votes = torch.stack([upper for _, upper in agreeing]).sum(0)
-                suspects[rows[votes >= max(enough, len(agreeing) / 2)]] = True
+                    answers = values[rows, channel].double()
+                    split = two_groups(answers, SMALLEST)
+                    own[path] = split.separation
+                    if split.separation >= self.layer_separation:
+                        votes[rows] += answers > split.at
+            separations[label] = own
+            if len(own) >= enough:
+                clearest = max(clearest, sorted(own.values())[-enough])
+            agreeing = [each for each in own.values() if each >= self.layer_separation]
+            if (
+                len(agreeing) >= enough
+                and sum(agreeing) >= len(agreeing) * self.layer_separation + self.excess
+            ):
+                suspects[rows] = votes[rows] >= max(enough, len(agreeing) / 2)
                 classes.append(label)
-        return Analysis(compromised, suspects, clearest, bool(classes), tuple(classes))
+        return Analysis(compromised, suspects, clearest, bool(classes), tuple(classes), separations, votes)
 
     def _paper(self, activations: dict[str, Tensor]) -> Analysis:
         suspects, best = torch.zeros(len(next(iter(activations.values()))), dtype=torch.bool), 0.0
