@@ -263,3 +263,25 @@ def test_infected_models_stand_beside_their_regular_twin(tmp_path: Path) -> None
     above = {name: each.get("undefended.above_inter_s1") for name, each in values.items()}
     assert above == {"rbt": 1.0, "sdrm-a": 0.0, "other": None}
     assert not values["other"].keys() & BESIDE_REGULAR.keys()
+
+
+def test_a_model_made_again_elsewhere_is_no_twin_where_another_was_made_along(tmp_path: Path) -> None:
+    """A seed gives another model on another machine: cells are compared with those of their defence."""
+    plan = read_plan(written(tmp_path, PLAN.replace('attacks = ["rbt", "sdrm-a"]', "")))
+    chosen = [cell for cell in expand(plan) if cell.axes["attack"] in ("rbt", "sdrm-a")]
+    first, other = sorted({str(cell.axes["defense"]) for cell in chosen if "exposure" not in cell.stages})[:2]
+    cells = [cell for cell in chosen if cell.axes["defense"] in (first, other)]
+    successes = {("rbt", first): 1.0, ("rbt", other): 0.8, ("sdrm-a", first): 0.9, ("sdrm-a", other): 0.8}
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    for cell in cells:
+        success = successes[str(cell.axes["attack"]), str(cell.axes["defense"])]
+        result = {"undefended": {"attack_success": success, "benign_accuracy": 0.9}}
+        content = {"key": cell.key, "status": "done", "axes": dict(cell.axes), "result": result}
+        (folder / cell.file_name).write_text(json.dumps(content))
+    costs = {
+        str(each.cell.axes["defense"]): each.values["undefended.attack_success_cost"]
+        for each in outcomes_of(plan, cells, folder)
+        if each.cell.axes["attack"] == "sdrm-a"
+    }
+    assert costs == {first: pytest.approx(0.1), other: pytest.approx(0.0)}

@@ -103,22 +103,28 @@ def outcomes_of(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[Outcome
 
 
 def _beside_regular(plan: Plan, outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes, those of infected models compared with the regularly trained model of the same attack."""
+    """The outcomes, those of infected models compared with the regularly trained model of the same attack.
 
-    regular: dict[tuple[Any, ...], Outcome] = {}
+    Where the model was made more than once, on several machines, with that of the same defence's cell.
+    """
+    regular: dict[tuple[Any, ...], dict[str, Outcome]] = {}
     twins: list[tuple[Any, ...] | None] = []
     for outcome in outcomes:
         entry = plan.attacks[str(outcome.cell.axes["attack"])].sdrm
         place = [outcome.cell.axes[axis] for axis in ("data", "net", "seed")]
         twins.append(None if entry is None else (str(entry.infection()), *place))
         if entry is not None and entry.strength == 0:
-            regular.setdefault((str(entry.infection()), *place), outcome)
-    return [
-        replace(outcome, values={**outcome.values, **beside_regular(outcome.values, regular[twin].values)})
-        if twin in regular
-        else outcome
-        for outcome, twin in zip(outcomes, twins, strict=True)
-    ]
+            same = regular.setdefault((str(entry.infection()), *place), {})
+            same.setdefault(str(outcome.cell.axes["defense"]), outcome)
+    compared = []
+    for outcome, twin in zip(outcomes, twins, strict=True):
+        if twin in regular:
+            known = regular[twin]
+            beside = known.get(str(outcome.cell.axes["defense"])) or next(iter(known.values()))
+            values = {**outcome.values, **beside_regular(outcome.values, beside.values)}
+            outcome = replace(outcome, values=values)
+        compared.append(outcome)
+    return compared
 
 
 def _outcome(plan: Plan, cell: Cell, content: Mapping[str, Any], clean_accuracy: float | None) -> Outcome:
