@@ -54,7 +54,7 @@ def test_the_poisoned_images_are_flagged_and_their_class_named() -> None:
     assert (report.verdict, report.targets) == ("poisoned", (TARGET,))
     assert torch.equal(report.flagged, torch.arange(400) < 40)
     assert bool((report.scores[:40] > report.scores[40:].max()).all())
-    assert "2 layers have class 'b' in two groups of images" in report.reason
+    assert "2 layers have class 'b' in two groups of images, up to" in report.reason
     assert torch.equal(report.flagged, NONE().dropped(NONE().analyse(model, data)))
     strict = Linearity(excess=1e12)(data, model)
     assert (strict.verdict, bool(strict.flagged.any())) == ("clean", False)

@@ -61,7 +61,7 @@ class Linearity:
             more = f", and {len(targets) - 1} more classes" if len(targets) > 1 else ""
             return (
                 f"{len(own)} layers have class {train.class_names[targets[0]]!r} in two groups of images, up "
-                f" to {max(own):.1f} of their deviations apart{more}"
+                f"to {max(own):.1f} of their deviations apart{more}"
             )
         if unjudged:
             more = f", nor on {len(unjudged) - 1} more classes" if len(unjudged) > 1 else ""
