@@ -517,6 +517,33 @@ def test_poisoned_images_are_flagged_and_the_backdoor_is_gone(
     assert float(weight[0].abs().max()) > 0.005
 
 
+def test_a_client_that_comes_back_with_fewer_images_does_not_stop_a_second_look() -> None:
+    """What was dropped of it is told by rows; those it no longer has are none."""
+    clients = population(blocks(240), own_code=KNOWN)
+    clients[1] = replace(clients[1], data=blocks(80, poisoned=16, seed=3))
+
+    class Returning(InProcess):
+        analyses = 0
+
+        def nodes(self) -> Sequence[int]:
+            # Gone for the round after the first look, and back under another number.
+            return range(3) if self.analyses == 0 else [0, 2] if self.analyses == 1 else [0, 2, 3]
+
+        def ask(self, packages: Mapping[int, Package]) -> dict[int, Package | str]:
+            if any(each.facts.get("task") == "report" for each in packages.values()):
+                self.analyses += 1
+            elif self.analyses == 1:
+                self.analyses = 2
+                self.clients.append(replace(self.clients[1], data=blocks(8)))
+            return super().ask(packages)
+
+    method = NONE(share=0.125, epochs=1, rounds=2, learning_rate=1e-12)
+    federation = Federation(KNOWN, 1, replace(LOCAL, learning_rate=1e-12), method)
+    first, second = serve(federation, Returning(clients)).defense
+    assert first["dropped"]["client-1"] == 16
+    assert second["dropped"]["client-1"] == 8
+
+
 def order(task: str, **changes: object) -> Order:
     made = Order(task, 1, "cnn@0.25", tuple("abcd"), (3, 16, 16), LOCAL)  # type: ignore[arg-type]
     return replace(made, **changes)  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def test_a_clean_set_is_clean_and_too_few_images_leave_it_undecided() -> None:
     few = data.select(torch.arange(400) < 100)
     undecided = Linearity()(few, model)
     assert undecided.verdict == "undecided"
-    assert "fewer than 40 images of 'a'" in undecided.reason
+    assert "fewer than 40 images for 'a'" in undecided.reason
     assert undecided.evidence["classes_unjudged"] == list(range(CLASSES))
     # A model that is sure of nothing has no channel that speaks for a class.
     with torch.no_grad():

@@ -260,6 +260,8 @@ class Server:
             own = method.judge({path: each[LAYER + path] for path in layers}, each[PROBABILITIES])
             # A later look sees a model that has forgotten some of it: what was dropped stays dropped.
             before = self.dropped.get(name, torch.zeros(0, dtype=torch.int64))
+            # A client may have come back with fewer images.
+            before = before[before < len(rows)]
             parts[name] = (rows | method.dropped(own)).index_fill(0, before, True)
         self.dropped = {name: part.nonzero().flatten() for name, part in parts.items() if bool(part.any())}
         method.reset(self.model, nothing.float().to(self.model.device), analysis)

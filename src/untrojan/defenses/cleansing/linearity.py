@@ -66,7 +66,7 @@ class Linearity:
         if unjudged:
             more = f", nor on {len(unjudged) - 1} more classes" if len(unjudged) > 1 else ""
             return (
-                f"the model is sure of fewer than {FEWEST} images of {train.class_names[unjudged[0]]!r}: "
+                f"the model takes fewer than {FEWEST} images for {train.class_names[unjudged[0]]!r}: "
                 f"no judgement on it{more}"
             )
         return f"in no class do layers agree on two groups of images (the clearest: {found.separation:.1f})"
