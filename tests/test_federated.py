@@ -469,7 +469,7 @@ def test_reported_activations_give_what_the_images_give(mode: str) -> None:
     assert found["separation"] == pytest.approx(whole.separation, rel=1e-4)
     assert found["suspects"] == int(whole.suspects.sum())
     # The weights that go out after it are the reset model's.
-    method.reset(trained, torch.zeros(1, 3, 16, 16), whole)
+    method.reset(trained, torch.zeros(1, 3, 16, 16), whole.compromised)
     sent, reset = network.asked[-1][0].tensors, messages.exchanged(trained)
     assert all(torch.equal(sent[key], value) for key, value in reset.items())
     assert network.asked[-1][0].facts["recipe"]["learning_rate"] == 1e-4

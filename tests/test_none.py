@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from untrojan.cost import measure
 from untrojan.data.image_set import ImageSet, numbered
-from untrojan.defenses.training.none import NONE, Analysis, linearity_by_class, two_groups
+from untrojan.defenses.training.none import NONE, Analysis, excess_by_class, linearity_by_class, two_groups
 from untrojan.errors import UntrojanError
 from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, predictions_of
@@ -198,6 +198,59 @@ def test_every_class_has_its_own_two_groups_where_every_class_is_attacked() -> N
     found = NONE().judge(activations, probabilities)
     assert found.classes == tuple(range(CLASSES))
     assert torch.equal(found.suspects, poisoned)
+
+
+def test_what_answers_to_the_images_of_one_class_is_looked_for_in_the_others() -> None:
+    """Two classes are attacked with one pattern; in one of them its first images are more linear."""
+    count, other = 2000, TARGET + 1
+    sure, random = torch.arange(count) % CLASSES, torch.Generator().manual_seed(0)
+    poisoned = (torch.arange(count) < 400) & ((sure == TARGET) | (sure == other))
+    probabilities = torch.full((count, CLASSES), 1e-3).scatter(1, sure[:, None], 1 - 3e-3)
+    activations = {}
+    for name in ("one", "two"):
+        values = torch.randn(count, CLASSES + 1, generator=random)
+        values[:, -1] += 9.0 * poisoned
+        # Of the other class a channel has more than the pattern's, for any of its images.
+        values[:, other] += 20.0 * (sure == other)
+        activations[name] = values
+    found = NONE().judge(activations, probabilities)
+    assert found.classes == (TARGET, other)
+    assert torch.equal(found.suspects, poisoned)
+    assert max(found.separations[0].values()) < 2 < min(found.separations[other].values())
+    alone = {name: values[sure != TARGET] for name, values in activations.items()}
+    assert NONE().judge(alone, probabilities[sure != TARGET]).classes == ()
+
+
+def test_what_suspects_excite_is_reset_and_not_what_another_class_has() -> None:
+    # No poisoned image was one of class 3, whose own channel is made more linear than the backdoor's.
+    model, data = backdoored(), poisoned_blocks()
+    data = data.select((torch.arange(400) >= 40) | (torch.arange(400) % CLASSES != 3))
+    with torch.no_grad():
+        model.network[0].weight[3] *= 200  # type: ignore[index]
+        model.network[-1].weight[3] /= 200  # type: ignore[index]
+    chosen = {
+        rule: {path: each.tolist() for path, each in method.analyse(model, data).compromised.items()}
+        for rule, method in {
+            "suspects": NONE(share=0.125),
+            "linearity": NONE(share=0.125, compromised_by="linearity"),
+        }.items()
+    }
+    assert chosen == {"suspects": {"network.0": [BACKDOOR]}, "linearity": {"network.0": [3]}}
+    # Where nothing is dropped there is nothing to go by but linearity.
+    clean = NONE(share=0.125).analyse(model, poisoned_blocks(poisoned=0))
+    assert {path: each.tolist() for path, each in clean.compromised.items()} == {"network.0": [3]}
+
+
+def test_the_excess_of_suspects_by_hand() -> None:
+    activations = torch.tensor([[9.0, 0.0]] * 5 + [[1.0, 0.0]] * 5 + [[4.0, 6.0]] * 5 + [[0.0, 2.0]] * 5)
+    predicted, suspects = torch.arange(20) // 10, torch.arange(20) % 10 < 5
+    assert excess_by_class(activations, predicted, suspects).tolist() == [[8.0, 0.0], [4.0, 4.0]]
+    # Four images are too few to say what they excite, and a class that is suspected whole has no others.
+    assert excess_by_class(activations, predicted, suspects & (torch.arange(20) != 0)).tolist() == [
+        [4.0, 4.0]
+    ]
+    assert excess_by_class(activations, predicted, predicted == 0).shape == (0, 2)
+    assert excess_by_class(activations, predicted, predicted > 5).shape == (0, 2)
 
 
 def test_as_printed_linear_channels_split_the_images() -> None:

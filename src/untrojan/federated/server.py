@@ -5,10 +5,10 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 section 5.4, where NONE "requires the participants to use their data to test the global model and upload the
 activation values". The paper leaves the rest open. Here, after ``rounds`` rounds each client sends, image by
 image, its channels' largest outputs and its class probabilities, and no image; the server analyses all of
-them as one set and, since attackers' triggers differ, each client's for themselves; resets the compromised
-channels and tells each client which of its images to drop. An attacker won't: who has many such images is
-left out from then on. Averaging goes on with batch norm's statistics frozen, for NONE's ``epochs`` rounds at
-its learning rate.
+them as one set and, since attackers' triggers differ, each client's for themselves; resets the channels that
+answer to the images so found, and tells each client which of its images to drop. An attacker won't: who has
+many such images is left out from then on. Averaging goes on with batch norm's statistics frozen, for NONE's
+``epochs`` rounds at its learning rate.
 """
 
 from __future__ import annotations
@@ -264,10 +264,11 @@ class Server:
             before = before[before < len(rows)]
             parts[name] = (rows | method.dropped(own)).index_fill(0, before, True)
         self.dropped = {name: part.nonzero().flatten() for name, part in parts.items() if bool(part.any())}
-        method.reset(self.model, nothing.float().to(self.model.device), analysis)
+        compromised = method.compromised(pooled, chances, torch.cat(list(parts.values())))
+        method.reset(self.model, nothing.float().to(self.model.device), compromised)
         self.found.append(
             {
-                "compromised": {path: each.tolist() for path, each in analysis.compromised.items()},
+                "compromised": {path: each.tolist() for path, each in compromised.items()},
                 "separation": analysis.separation,
                 "suspects": int(analysis.suspects.sum()),
                 "images": len(chances),

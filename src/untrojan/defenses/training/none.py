@@ -93,6 +93,21 @@ def linearity_by_class(activations: Tensor, probabilities: Tensor) -> Tensor:
     return scores
 
 
+def excess_by_class(activations: Tensor, predicted: Tensor, suspects: Tensor) -> Tensor:
+    """How much more each channel answers to suspects than to what else is taken for their class, (S, C).
+
+    ``activations`` (N, C), ``predicted`` (N,), ``suspects`` bool (N,). A row for each of the S classes with
+    :data:`SMALLEST` or more of either.
+    """
+    rows = [activations.new_zeros(0, activations.shape[1])]
+    for label in predicted[suspects].unique().tolist():
+        mine = predicted == label
+        upper, lower = activations[mine & suspects], activations[mine & ~suspects]
+        if min(len(upper), len(lower)) >= SMALLEST:
+            rows.append((upper.mean(0) - lower.mean(0))[None])
+    return torch.cat(rows)
+
+
 @dataclass(frozen=True, eq=False)
 class Analysis:
     """What one look at a trained model found."""
@@ -118,12 +133,12 @@ class Analysis:
 class NONE:
     """NONE, as released or as printed.
 
-    ``released``: train, then ``rounds`` times: the ``share`` of channels of every layer with the largest
-    linearity scores (:func:`linearity_by_class`) are compromised; images are split in two; compromised
-    channels are set to zero; training goes on for ``epochs`` at ``learning_rate`` with batch norm's
-    statistics frozen. ``paper`` (algorithm 1): a channel is compromised where its mean output is positive for
-    ``theta`` of all images; each compromised channel splits the images, and those of the upper group that lie
-    ``deviations`` beyond the lower group's mean are dropped; channels are initialised anew.
+    ``released``: train, then ``rounds`` times: images are split in two; the ``share`` of channels of every
+    layer with the largest linearity scores (:func:`linearity_by_class`) are compromised and set to zero;
+    training goes on for ``epochs`` at ``learning_rate`` with batch norm's statistics frozen. ``paper``
+    (algorithm 1): a channel is compromised where its mean output is positive for ``theta`` of all images;
+    each compromised channel splits the images, and those of the upper group that lie ``deviations`` beyond
+    the lower group's mean are dropped; channels are initialised anew.
 
     The code splits all images by the sum of each layer's worst channel, and always (``all-at-once`` with
     ``separation`` 0), so it is told whether the data are poisoned. A defender is not: images are dropped
@@ -133,6 +148,10 @@ class NONE:
     and believes layers that agree. The paper's threshold of .95, "the standard value that evaluates the
     quality of such separation", may mean the goodness of variance fit; with one image in a hundred poisoned
     that is .65, all of them told apart, and as much with none poisoned.
+
+    Once some images are told apart it is known which channels answer to them. These are reset, instead of
+    those that are linear for whatever class, and the foremost of each layer is asked about the classes in
+    which another was more linear. Both are ours; ``compromised_by`` has the released rule.
     """
 
     mode: Mode = "released"
@@ -152,6 +171,10 @@ class NONE:
     upper group of at least ``layers`` of them, and of half of them, are dropped."""
     separation: Annotated[float, Ge(0)] = 3.0
     """All at once, and in mode paper: images are dropped only from groups at least so far apart."""
+    compromised_by: Literal["suspects", "linearity"] = "suspects"
+    """What tells compromised channels in mode released: how much more they answer to the images that are
+    dropped than to others of the same class (:func:`excess_by_class`), or linearity for any class. Where no
+    image is dropped, always linearity."""
     epochs: Annotated[int, Ge(1)] = 20
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     seed: int = 0
@@ -188,7 +211,7 @@ class NONE:
         for number in range(self.rounds):
             analysis = self.analyse(model, data)
             dropped, kept_whole = keeping_every_class(self.dropped(analysis), data)
-            self.reset(model, to_float(data.images[:1], model.device), analysis)
+            self.reset(model, to_float(data.images[:1], model.device), analysis.compromised)
             place = None if checkpoint is None else checkpoint.with_name(f"round{number}-{checkpoint.name}")
             more = train(
                 model, data.select(~dropped), onward, seed=self.seed + 1 + number, checkpoint=place,
@@ -234,69 +257,94 @@ class NONE:
         """bool (N,): the suspects where two groups of images are really there, else none."""
         return analysis.suspects if analysis.apart else torch.zeros_like(analysis.suspects)
 
-    def _released(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
-        compromised, linearity = {}, {}
+    def compromised(
+        self, activations: dict[str, Tensor], probabilities: Tensor, suspects: Tensor
+    ) -> dict[str, Tensor]:
+        """Channels to be reset where the images ``suspects``, bool (N,), are dropped: by layer, the worst
+        first. The rest as for :meth:`judge`."""
+        if self.mode == "paper":
+            return _positive(activations, self.theta)
+        predicted, found = probabilities.argmax(1), {}
         for path, values in activations.items():
-            linearity[path] = linearity_by_class(values, probabilities)
-            scores = linearity[path].amax(0).clamp_min(0)
+            excess = excess_by_class(values, predicted, suspects)
+            if self.compromised_by == "suspects" and len(excess):
+                # Not in units of its deviation: what a channel passes on is the difference itself.
+                scores = excess.mean(0)
+            else:
+                scores = linearity_by_class(values, probabilities).amax(0)
             worst = scores.argsort(descending=True)[: math.ceil(self.share * len(scores))]
-            # A channel without a score answers to no class beyond the others: nothing speaks against it.
+            # A channel without a score answers to no class or suspect beyond others: it is left alone.
             if float(scores[worst[0]]) > 0:
-                compromised[path] = worst[scores[worst] > 0]
+                found[path] = worst[scores[worst] > 0]
+        return found
+
+    def _released(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
+        linearity = {path: linearity_by_class(values, probabilities) for path, values in activations.items()}
         if self.split == "within-classes":
-            return self._within_classes(compromised, linearity, activations, probabilities)
-        excitement = torch.zeros(len(probabilities), dtype=torch.float64)
-        for path, channels in compromised.items():
-            excitement += activations[path][:, channels[0]].double()
+            found = self._within_classes(linearity, activations, probabilities.argmax(1))
+        else:
+            found = self._all_at_once(linearity, activations)
+        return replace(found, compromised=self.compromised(activations, probabilities, self.dropped(found)))
+
+    def _all_at_once(self, linearity: dict[str, Tensor], activations: dict[str, Tensor]) -> Analysis:
+        excitement = torch.zeros(len(next(iter(activations.values()))), dtype=torch.float64)
+        for path, scores in linearity.items():
+            channel = int(scores.amax(0).argmax())
+            if float(scores[:, channel].max()) > 0:
+                excitement += activations[path][:, channel].double()
         split = two_groups(excitement)
         apart = split.separation >= self.separation
-        return Analysis(compromised, excitement > split.at, split.separation, apart)
+        return Analysis({}, excitement > split.at, split.separation, apart)
 
     def _within_classes(
-        self,
-        compromised: dict[str, Tensor],
-        linearity: dict[str, Tensor],
-        activations: dict[str, Tensor],
-        probabilities: Tensor,
+        self, linearity: dict[str, Tensor], activations: dict[str, Tensor], predicted: Tensor
     ) -> Analysis:
-        predicted, enough = probabilities.argmax(1), min(self.layers, len(activations))
+        enough = min(self.layers, len(activations))
         votes, suspects = torch.zeros(len(predicted)), torch.zeros(len(predicted), dtype=torch.bool)
         separations: dict[int, dict[str, float]] = {}
-        classes, clearest = [], 0.0
-        for label in range(probabilities.shape[1]):
-            rows = (predicted == label).nonzero().flatten()
-            if len(rows) < FEWEST:
-                continue
-            own: dict[str, float] = {}
-            for path, values in activations.items():
-                channel = int(linearity[path][label].argmax())
-                if float(linearity[path][label, channel]) > 0:
-                    answers = values[rows, channel].double()
-                    split = two_groups(answers, SMALLEST)
-                    own[path] = split.separation
-                    if split.separation >= self.layer_separation:
-                        votes[rows] += answers > split.at
-            separations[label] = own
-            if len(own) >= enough:
-                clearest = max(clearest, sorted(own.values())[-enough])
-            agreeing = [each for each in own.values() if each >= self.layer_separation]
-            if (
-                len(agreeing) >= enough
-                and sum(agreeing) >= len(agreeing) * self.layer_separation + self.excess
-            ):
-                suspects[rows] = votes[rows] >= max(enough, len(agreeing) / 2)
-                classes.append(label)
-        return Analysis(compromised, suspects, clearest, bool(classes), tuple(classes), separations, votes)
+        classes: list[int] = []
+        counts = predicted.bincount(minlength=len(next(iter(linearity.values()))))
+        large = (counts >= FEWEST).nonzero().flatten().tolist()
+        asked = {label: _most_linear(linearity, label) for label in large}
+        for again in (False, True):
+            for label, channels in asked.items():
+                rows = predicted == label
+                own, said, chosen = self._look(activations, channels, rows, enough)
+                if chosen is not None:
+                    classes.append(label)
+                    suspects[rows] = chosen
+                if chosen is not None or not again:
+                    separations[label], votes[rows] = own, said
+            # One pattern leads to several classes, and in one of them something else may be more linear.
+            excited = _most_excited(activations, predicted, suspects)
+            asked = {label: excited for label in large if label not in classes} if excited else {}
+        ranked = [sorted(own.values()) for own in separations.values() if len(own) >= enough]
+        clearest = max((own[-enough] for own in ranked), default=0.0)
+        return Analysis({}, suspects, clearest, bool(classes), tuple(sorted(classes)), separations, votes)
+
+    def _look(
+        self, activations: dict[str, Tensor], channels: dict[str, int], rows: Tensor, enough: int
+    ) -> tuple[dict[str, float], Tensor, Tensor | None]:
+        """At a class's images ``rows`` (N,) by a channel of each layer: how far apart each has them, how many
+        have a say and the image in their upper group, and, where ``enough`` agree, which are suspects."""
+        own, votes = {}, torch.zeros(int(rows.sum()))
+        for path, channel in channels.items():
+            answers = activations[path][rows, channel].double()
+            split = two_groups(answers, SMALLEST)
+            own[path] = split.separation
+            if split.separation >= self.layer_separation:
+                votes += answers > split.at
+        agreeing = [each for each in own.values() if each >= self.layer_separation]
+        if len(agreeing) < enough or sum(agreeing) < len(agreeing) * self.layer_separation + self.excess:
+            return own, votes, None
+        return own, votes, votes >= max(enough, len(agreeing) / 2)
 
     def _paper(self, activations: dict[str, Tensor]) -> Analysis:
         suspects, best = torch.zeros(len(next(iter(activations.values()))), dtype=torch.bool), 0.0
-        compromised = {}
-        for path, values in activations.items():
-            linear = ((values >= 0).double().mean(0) >= self.theta).nonzero().flatten()
-            if len(linear):
-                compromised[path] = linear
+        compromised = _positive(activations, self.theta)
+        for path, linear in compromised.items():
             for channel in linear.tolist():
-                own = values[:, channel]
+                own = activations[path][:, channel]
                 split = two_groups(own)
                 if split.separation < self.separation:
                     continue
@@ -306,15 +354,15 @@ class NONE:
                 suspects |= (own > split.at) & apart
         return Analysis(compromised, suspects, best, best >= self.separation)
 
-    def reset(self, model: Classifier, image: Tensor, analysis: Analysis) -> None:
-        """Zero the compromised channels of ``model`` itself, or draw them anew in mode paper.
+    def reset(self, model: Classifier, image: Tensor, compromised: dict[str, Tensor]) -> None:
+        """Zero the ``compromised`` channels of ``model`` itself, or draw them anew in mode paper.
 
         ``image`` is any float (1, C, H, W): it only shows which norm follows which layer.
         """
         layers, norms = weighted_layers(model, image), norms_after(model, image)
         random = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
-            for path, channels in analysis.compromised.items():
+            for path, channels in compromised.items():
                 where = channels.to(model.device)
                 layer, norm = layers[path], norms.get(path)
                 if self.mode == "released":
@@ -327,6 +375,35 @@ class NONE:
                         norm.weight[where], norm.bias[where] = 1, 0
                 if layer.bias is not None:
                     layer.bias[where] = 0
+
+
+def _most_linear(linearity: dict[str, Tensor], label: int) -> dict[str, int]:
+    """By layer, the channel with the largest score for a class, where it has one above 0."""
+    return {
+        path: int(scores[label].argmax())
+        for path, scores in linearity.items()
+        if float(scores[label].max()) > 0
+    }
+
+
+def _most_excited(activations: dict[str, Tensor], predicted: Tensor, suspects: Tensor) -> dict[str, int]:
+    """By layer, the channel that answers most to suspects, in units of its standard deviation."""
+    found = {}
+    for path, values in activations.items():
+        excess = excess_by_class(values, predicted, suspects)
+        if len(excess):
+            found[path] = int((excess.mean(0) / values.std(0).clamp_min(1e-12)).argmax())
+    return found
+
+
+def _positive(activations: dict[str, Tensor], theta: float) -> dict[str, Tensor]:
+    """By layer, the channels whose output is positive for the share ``theta`` of all images, where any is."""
+    found = {}
+    for path, values in activations.items():
+        channels = ((values >= 0).double().mean(0) >= theta).nonzero().flatten()
+        if len(channels):
+            found[path] = channels
+    return found
 
 
 def _notes(analysis: Analysis, kept_whole: list[str]) -> list[str]:
