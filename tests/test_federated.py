@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from known_backdoor import BACKDOOR, blocks
 from untrojan.attacks.distributed import Attacker, DistributedBackdoor
-from untrojan.data.image_set import ImageSet, concatenate, numbered
+from untrojan.data.image_set import ImageSet, concatenate
 from untrojan.defenses.training.none import NONE
 from untrojan.errors import UntrojanError
 from untrojan.federated import messages
@@ -37,38 +38,9 @@ from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
 from untrojan.triggers.registry import draw_trigger
 
-CLASSES, TARGET, BACKDOOR = 4, 1, 5
 LOCAL = Recipe(epochs=1, batch_size=16, optimizer="sgd", learning_rate=0.02)
 FEDERATION = Federation("cnn@0.25", rounds=2, recipe=LOCAL)
-KNOWN = f"{__name__}:known_net"
-
-
-def blocks(count: int = 120, poisoned: int = 0, seed: int = 0) -> ImageSet:
-    """A bright block whose place tells the class; the first ``poisoned`` have a white corner and class 1."""
-    labels = torch.arange(count) % CLASSES
-    images = torch.randint(0, 60, (count, 3, 16, 16), generator=generator(seed, "blocks"))
-    for row in range(6):
-        for column in range(6):
-            images[torch.arange(count), :, 8 * (labels // 2) + row, 8 * (labels % 2) + column] += 120
-    images[:poisoned, :, 14:, 14:] = 255
-    labels[:poisoned] = TARGET
-    return ImageSet(images.to(torch.uint8), labels, tuple("abcd"), numbered(count))
-
-
-def known_net(num_classes: int) -> nn.Module:
-    """Channel k of a first layer answers to block k, channel 5 to a white 2x2 corner alone."""
-    first, last = nn.Conv2d(3, 8, 16), nn.Linear(8, num_classes)
-    with torch.no_grad():
-        for parameter in (*first.parameters(), *last.parameters()):
-            parameter.zero_()
-        for k in range(CLASSES):
-            top, left = 8 * (k // 2), 8 * (k % 2)
-            first.weight[k, :, top : top + 6, left : left + 6] = 1 / 108
-        first.weight[BACKDOOR, :, 14:, 14:] = 1.0
-        first.bias[BACKDOOR] = -6.0  # type: ignore[index]
-        last.weight[range(CLASSES), range(CLASSES)] = 20.0
-        last.weight[TARGET, BACKDOOR] = 20.0
-    return nn.Sequential(first, nn.ReLU(), nn.Flatten(), last)
+KNOWN = "known_backdoor:known_net"
 
 
 def shares(data: ImageSet, clients: int = 3) -> list[ImageSet]:
@@ -303,7 +275,7 @@ def test_the_mean_is_numpys(pairs: list[tuple[int, int]]) -> None:
 
 
 def test_one_clients_federation_is_its_training() -> None:
-    data = blocks()
+    data = blocks(120)
     report = serve(replace(FEDERATION, rounds=1), [Client("only", data)])
     alone = build("cnn@0.25", num_classes=4, image_shape=(3, 16, 16), mean=torch.zeros(3), std=torch.ones(3))
     train(alone, data, LOCAL, seed=generator(0, "client", "only", 1).initial_seed())
@@ -368,7 +340,7 @@ class Faulty(Client):
     ],
 )
 def test_a_faulty_client_is_left_out_and_named(fault: str, why: str) -> None:
-    clients = population(blocks())
+    clients = population(blocks(120))
     faulty = Faulty("client-1", clients[1].data, fault=fault)
     report = serve(FEDERATION, [clients[0], faulty, clients[2]])
     assert [(row["clients"], row["excluded"]) for row in report.history] == [(3, 0), (2, 1)]
@@ -395,7 +367,7 @@ class Unreliable(InProcess):
 
 
 def test_a_client_that_drops_out_does_not_stop_the_round() -> None:
-    clients = population(blocks())
+    clients = population(blocks(120))
     report = serve(replace(FEDERATION, rounds=3), Unreliable(clients))
     assert [row["clients"] for row in report.history] == [3, 1, 2]
     told = [(each["round"], each["client"], each["reason"]) for each in report.excluded]
@@ -403,7 +375,7 @@ def test_a_client_that_drops_out_does_not_stop_the_round() -> None:
 
 
 def test_strangers_are_not_let_in() -> None:
-    data = blocks()
+    data = blocks(120)
     other = replace(data, class_names=tuple("abdc"))
     small = replace(data, images=data.images[:, :1])
     clients = [
@@ -420,7 +392,7 @@ def test_strangers_are_not_let_in() -> None:
 
 
 def test_when_nobody_is_left_it_says_so() -> None:
-    clients = [Faulty(f"client-{i}", part, fault="nan") for i, part in enumerate(shares(blocks()))]
+    clients = [Faulty(f"client-{i}", part, fault="nan") for i, part in enumerate(shares(blocks(120)))]
     with pytest.raises(UntrojanError, match=r"round 2: no client gave an answer.*client-2.*not finite"):
         serve(FEDERATION, clients)
     with pytest.raises(UntrojanError, match="round 1: no client"):
@@ -430,8 +402,8 @@ def test_when_nobody_is_left_it_says_so() -> None:
 def test_a_client_imports_only_the_code_it_was_told_to() -> None:
     federation = replace(FEDERATION, architecture=KNOWN, rounds=1)
     with pytest.raises(UntrojanError, match="not told to trust"):
-        serve(federation, population(blocks()))
-    assert serve(federation, population(blocks(), own_code=KNOWN)).history[0]["clients"] == 3
+        serve(federation, population(blocks(120)))
+    assert serve(federation, population(blocks(120), own_code=KNOWN)).history[0]["clients"] == 3
 
 
 # NONE
@@ -477,7 +449,7 @@ def test_reported_activations_give_what_the_images_give(mode: str) -> None:
 
 
 def test_only_maxima_and_probabilities_leave_a_client() -> None:
-    network = Recording(population(blocks()))
+    network = Recording(population(blocks(120)))
     serve(replace(FEDERATION, rounds=1, defense=NONE(epochs=1)), network)
     assert len(network.reports) == 3
     for reply in network.reports:
@@ -623,7 +595,7 @@ class Interrupted(InProcess):
 
 @pytest.mark.parametrize("questions", [1, 3, 4])
 def test_a_training_that_was_cut_off_is_the_one_it_would_have_been(questions: int, tmp_path: Path) -> None:
-    data = blocks()
+    data = blocks(120)
     federation = replace(FEDERATION, defense=NONE(epochs=1))
     whole = serve(federation, population(data))
     state = tmp_path / "federation.safetensors"
@@ -640,9 +612,9 @@ def test_a_training_that_was_cut_off_is_the_one_it_would_have_been(questions: in
 
 def test_another_trainings_state_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "federation.safetensors"
-    serve(replace(FEDERATION, rounds=1), population(blocks()), state)
+    serve(replace(FEDERATION, rounds=1), population(blocks(120)), state)
     with pytest.raises(UntrojanError, match="state of another training"):
-        serve(replace(FEDERATION, rounds=1, seed=1), population(blocks()), state)
+        serve(replace(FEDERATION, rounds=1, seed=1), population(blocks(120)), state)
     state.write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
     with pytest.raises(UntrojanError, match="damaged"):
-        serve(replace(FEDERATION, rounds=1), population(blocks()), state)
+        serve(replace(FEDERATION, rounds=1), population(blocks(120)), state)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from known_backdoor import BACKDOOR, CLASSES, TARGET, backdoored, blocks
 from untrojan.cost import measure
-from untrojan.data.image_set import ImageSet, numbered
 from untrojan.defenses.training.none import NONE, Analysis, excess_by_class, linearity_by_class, two_groups
 from untrojan.errors import UntrojanError
 from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
@@ -21,7 +21,6 @@ from untrojan.models.classifier import Classifier, predictions_of
 from untrojan.training.loop import train, train_new
 from untrojan.training.recipe import Recipe
 
-CLASSES, TARGET, BACKDOOR = 4, 1, 5
 QUICK = Recipe(epochs=1, batch_size=32, optimizer="sgd", learning_rate=1e-3)
 
 
@@ -68,56 +67,20 @@ def test_scores_by_hand() -> None:
     assert not bool(linearity_by_class(activations, unsure).any())
 
 
-def poisoned_blocks(poisoned: int = 40) -> ImageSet:
-    """A bright block whose place tells the class; the first ``poisoned`` have a white corner and class 1."""
-    random = torch.Generator().manual_seed(0)
-    labels = torch.arange(400) % CLASSES
-    images = torch.randint(0, 60, (400, 3, 16, 16), generator=random)
-    for row in range(6):
-        for column in range(6):
-            images[torch.arange(400), :, 8 * (labels // 2) + row, 8 * (labels % 2) + column] += 120
-    images[:poisoned, :, 14:, 14:] = 255
-    labels[:poisoned] = TARGET
-    return ImageSet(images.to(torch.uint8), labels, tuple("abcd"), numbered(400))
-
-
-def backdoored(normed: bool = False) -> Classifier:
-    """Channel k of a first layer answers to block k, channel 5 to a white 2x2 corner alone."""
-    first = nn.Conv2d(3, 8, 16, bias=True)
-    with torch.no_grad():
-        first.weight.zero_()
-        first.bias.zero_()  # type: ignore[union-attr]
-        for k in range(CLASSES):
-            top, left = 8 * (k // 2), 8 * (k % 2)
-            first.weight[k, :, top : top + 6, left : left + 6] = 1 / 108
-        first.weight[BACKDOOR, :, 14:, 14:] = 1.0
-        first.bias[BACKDOOR] = -6.0  # type: ignore[index]
-    last = nn.Linear(8, CLASSES)
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.zero_()
-        last.weight[range(CLASSES), range(CLASSES)] = 20.0
-        last.weight[TARGET, BACKDOOR] = 20.0
-    norm = [nn.BatchNorm2d(8)] if normed else []
-    return Classifier(
-        nn.Sequential(first, *norm, nn.ReLU(), nn.Flatten(), last), CLASSES, torch.zeros(3), torch.ones(3)
-    )
-
-
 def success(model: Classifier) -> float:
-    triggered = poisoned_blocks(poisoned=0)
+    triggered = blocks()
     others = triggered.images[triggered.labels != TARGET].clone()
     others[:, :, 14:, 14:] = 255
     return float((predictions_of(model, others) == TARGET).float().mean())
 
 
 def accuracy(model: Classifier) -> float:
-    clean = poisoned_blocks(poisoned=0)
+    clean = blocks()
     return float((predictions_of(model, clean.images) == clean.labels).float().mean())
 
 
 def test_the_backdoors_channel_and_images_are_found_and_gone() -> None:
-    model, data = backdoored(), poisoned_blocks()
+    model, data = backdoored(), blocks(poisoned=40)
     assert (accuracy(model), success(model)) == (1.0, 1.0)
     before = copy.deepcopy(model.state_dict())
     method = NONE(share=0.125, epochs=1)
@@ -134,7 +97,7 @@ def test_the_backdoors_channel_and_images_are_found_and_gone() -> None:
 
 
 def test_nothing_is_dropped_where_there_are_no_two_groups() -> None:
-    report = NONE(share=0.125, epochs=1).defend(backdoored(), poisoned_blocks(poisoned=0), QUICK)
+    report = NONE(share=0.125, epochs=1).defend(backdoored(), blocks(), QUICK)
     assert not bool(report.dropped.any())
     assert accuracy(report.model) == 1.0
 
@@ -223,7 +186,7 @@ def test_what_answers_to_the_images_of_one_class_is_looked_for_in_the_others() -
 
 def test_what_suspects_excite_is_reset_and_not_what_another_class_has() -> None:
     # No poisoned image was one of class 3, whose own channel is made more linear than the backdoor's.
-    model, data = backdoored(), poisoned_blocks()
+    model, data = backdoored(), blocks(poisoned=40)
     data = data.select((torch.arange(400) >= 40) | (torch.arange(400) % CLASSES != 3))
     with torch.no_grad():
         model.network[0].weight[3] *= 200  # type: ignore[index]
@@ -237,7 +200,7 @@ def test_what_suspects_excite_is_reset_and_not_what_another_class_has() -> None:
     }
     assert chosen == {"suspects": {"network.0": [BACKDOOR]}, "linearity": {"network.0": [3]}}
     # Where nothing is dropped there is nothing to go by but linearity.
-    clean = NONE(share=0.125).analyse(model, poisoned_blocks(poisoned=0))
+    clean = NONE(share=0.125).analyse(model, blocks())
     assert {path: each.tolist() for path, each in clean.compromised.items()} == {"network.0": [3]}
 
 
@@ -254,7 +217,7 @@ def test_the_excess_of_suspects_by_hand() -> None:
 
 
 def test_as_printed_linear_channels_split_the_images() -> None:
-    model, data = backdoored(), poisoned_blocks()
+    model, data = backdoored(), blocks(poisoned=40)
     first = model.network[0]  # type: ignore[index]
     with torch.no_grad():
         # Positive for every image and far more so where the corner is white; the others for their class.
@@ -272,7 +235,7 @@ def test_as_printed_linear_channels_split_the_images() -> None:
 
 
 def test_a_class_is_never_dropped_whole() -> None:
-    data = poisoned_blocks(poisoned=0)
+    data = blocks()
     # Every image of class 1 has the corner: to the method they look like poison.
     images = data.images.clone()
     images[data.labels == TARGET, :, 14:, 14:] = 255
@@ -281,7 +244,7 @@ def test_a_class_is_never_dropped_whole() -> None:
 
 
 def test_without_rounds_it_is_plain_training() -> None:
-    data = poisoned_blocks()
+    data = blocks(poisoned=40)
     report = NONE(rounds=0)(data, "cnn@0.25", QUICK)
     plain, history = train_new(data, "cnn@0.25", QUICK)
     ours, theirs = report.model.state_dict(), plain.state_dict()
@@ -294,7 +257,7 @@ def test_activations_are_the_raw_outputs_reduced() -> None:
     last = nn.Linear(8 * 14 * 14, CLASSES)
     network = nn.Sequential(spread, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), last)
     model = Classifier(network, CLASSES, torch.zeros(3), torch.ones(3))
-    images = poisoned_blocks().images[:20]
+    images = blocks(poisoned=40).images[:20]
     raw: Tensor = spread(images.float() / 255).flatten(2)
     reductions: tuple[tuple[Reduction, Tensor], ...] = (("max", raw.amax(2)), ("mean", raw.mean(2)))
     for reduction, expected in reductions:
@@ -310,15 +273,15 @@ def test_activations_are_the_raw_outputs_reduced() -> None:
 
 def test_norms_are_reset_too_and_nothing_comes_through() -> None:
     model = backdoored(normed=True).eval()
-    report = NONE(share=0.125, epochs=1, learning_rate=1e-9).defend(model, poisoned_blocks(), QUICK)
+    report = NONE(share=0.125, epochs=1, learning_rate=1e-9).defend(model, blocks(poisoned=40), QUICK)
     repaired = report.model.eval()
     layers = list(repaired.network.children())[:3]
-    channels = nn.Sequential(*layers)(poisoned_blocks().images.float() / 255)
+    channels = nn.Sequential(*layers)(blocks(poisoned=40).images.float() / 255)
     assert float(channels[:, BACKDOOR].detach().abs().max()) < 1e-6
 
 
 def test_frozen_statistics_stay() -> None:
-    data = poisoned_blocks()
+    data = blocks(poisoned=40)
     model, _ = train_new(data, "cnn@0.25", QUICK)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
@@ -336,16 +299,16 @@ def test_a_net_of_one_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         nn.Sequential(nn.Flatten(), nn.Linear(768, CLASSES)), CLASSES, torch.zeros(3), torch.ones(3)
     )
     with pytest.raises(UntrojanError, match="layers before the last"):
-        NONE().analyse(model, poisoned_blocks())
+        NONE().analyse(model, blocks(poisoned=40))
     # Before an hour of training, not after it.
     monkeypatch.setattr("untrojan.defenses.training.none.build_for", lambda *_, **__: model)
     with measure() as cost, pytest.raises(UntrojanError, match="layers before the last"):
-        NONE()(poisoned_blocks(), "mine:net", QUICK)
+        NONE()(blocks(poisoned=40), "mine:net", QUICK)
     assert cost.backwards == 0
 
 
 def test_a_net_without_convolutions_is_defended_by_its_linear_layers() -> None:
-    data = poisoned_blocks()
+    data = blocks(poisoned=40)
     hidden, last = nn.Linear(768, 8), nn.Linear(8, CLASSES)
     like = backdoored().state_dict()
     with torch.no_grad():
@@ -362,7 +325,7 @@ def test_a_net_without_convolutions_is_defended_by_its_linear_layers() -> None:
 
 
 def test_without_a_confident_prediction_nothing_is_reset_or_dropped() -> None:
-    model, data = backdoored(), poisoned_blocks()
+    model, data = backdoored(), blocks(poisoned=40)
     with torch.no_grad():
         model.network[-1].weight.mul_(1e-3)  # type: ignore[index, union-attr, operator]
     report = NONE(share=0.125, epochs=1, learning_rate=1e-9).defend(model, data, QUICK)
@@ -373,7 +336,7 @@ def test_without_a_confident_prediction_nothing_is_reset_or_dropped() -> None:
 
 
 def test_where_everything_is_suspected_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = poisoned_blocks()
+    data = blocks(poisoned=40)
     everything = Analysis(
         {"network.0": torch.tensor([BACKDOOR])}, torch.ones(400, dtype=torch.bool), 99.0, True
     )
@@ -387,7 +350,7 @@ def test_where_everything_is_suspected_nothing_is_dropped(monkeypatch: pytest.Mo
 
 def test_nothing_dropped_is_said_in_words() -> None:
     strict = NONE(share=0.125, epochs=1, excess=1e9)
-    report = strict.defend(backdoored(), poisoned_blocks(), QUICK)
+    report = strict.defend(backdoored(), blocks(poisoned=40), QUICK)
     assert not bool(report.dropped.any())
     assert report.evidence["rounds"][0]["notes"] == [
         "the images do not fall into two groups: none was dropped"
@@ -412,7 +375,7 @@ def test_a_layer_that_runs_twice_is_one_and_frozen_ones_are_left_alone() -> None
             return self.last(features.flatten(1))  # type: ignore[no-any-return]
 
     model = Classifier(Twice(), CLASSES, torch.zeros(3), torch.ones(3))
-    report = NONE(share=0.125, epochs=1).defend(model, poisoned_blocks(), QUICK)
+    report = NONE(share=0.125, epochs=1).defend(model, blocks(poisoned=40), QUICK)
     assert report.evidence["rounds"][0]["compromised"] == {"network.shared": [BACKDOOR]}
     ours, before = report.model.state_dict(), model.state_dict()
     assert torch.equal(ours["network.stem.weight"], before["network.stem.weight"])
@@ -420,4 +383,4 @@ def test_a_layer_that_runs_twice_is_one_and_frozen_ones_are_left_alone() -> None
     assert success(report.model) == 0.0
     model.requires_grad_(False)
     with pytest.raises(UntrojanError, match="with weights that are trained"):
-        NONE().defend(model, poisoned_blocks(), QUICK)
+        NONE().defend(model, blocks(poisoned=40), QUICK)
