@@ -285,16 +285,19 @@ def test_the_repaired_model_is_the_average_over_the_steps(
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("averaging", "kinds"), [(0.0, 1), (0.8, 1), (0.8, 2)])
+@pytest.mark.parametrize(
+    ("averaging", "kinds", "taught"), [(0.0, 1, 0.0), (0.8, 1, 0.0), (0.8, 2, 0.0), (0.8, 1, 0.5)]
+)
 def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     trained: tuple[Classifier, ImageSet, ImageSet],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     averaging: float,
     kinds: int,
+    taught: float,
 ) -> None:
     model, clean, _ = trained
-    moth = replace(QUICK, averaging=averaging, steps=6 * kinds)
+    moth = replace(QUICK, averaging=averaging, taught=taught, steps=6 * kinds)
     monkeypatch.setattr(MOTH, "by_turns", lambda _, first: tuple(Turn(first, kind) for kind in range(kinds)))
     model.train()
     model.network.requires_grad_(False)
@@ -325,6 +328,32 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     model.eval()
     with pytest.raises(UntrojanError, match="another run"):
         replace(moth, learning_rate=0.1)(model, clean, checkpoint=place)
+
+
+def test_the_given_model_teaches_what_it_says_of_images_without_triggers(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    learning = copy.deepcopy(model)
+    states = PairStates(torch.zeros(4, 4), torch.ones(4, 4), torch.zeros(4, 1), pairs_at_once=1, periods=9)
+    turns = (Turn(_Paint()),)  # type: ignore[arg-type]
+    hardener = Hardener(replace(QUICK, taught=0.75), learning, clean, turns, [states])
+    images, labels, rows = to_float(clean.images[:40]), clean.labels[:40], torch.arange(40)
+    monkeypatch.setattr(Hardener, "_stamp_universal", lambda _, images, *rest: images / 2)
+    with torch.no_grad():
+        # What is taught is of the model that was given, whatever has become of it.
+        learning.network[-1].bias += torch.tensor([1.0, 0, 0, 0])  # type: ignore[index, union-attr, operator]
+        stamped, _ = hardener(images, labels, rows, torch.Generator())
+        assert torch.equal(stamped, images / 2)
+        value, logits = hardener.loss(learning, stamped, labels, rows)
+        given = model.eval()(images).softmax(1)
+    torch.testing.assert_close(logits, learning(stamped).detach())
+    apart = (given * (given.log() - logits.log_softmax(1))).sum(1).mean()
+    picked = -logits.log_softmax(1)[rows, labels].mean()
+    assert float(apart) > 0.01
+    torch.testing.assert_close(value, 0.25 * picked + 0.75 * apart, rtol=1e-4, atol=1e-5)
+    hardener.settings = QUICK
+    torch.testing.assert_close(hardener.loss(learning, stamped, labels, rows)[0].detach(), picked)
 
 
 @pytest.mark.usefixtures("quick")
