@@ -21,10 +21,13 @@ from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
 from untrojan.errors import UntrojanError
+from untrojan.inversion.additive import FlippingPattern
 from untrojan.inversion.engine import Adam, invert
 from untrojan.inversion.feature_space import LossWeights
 from untrojan.inversion.filters import second_moments
 from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, MaskGenerator
+from untrojan.inversion.masked import MaskedPattern
+from untrojan.inversion.warping import SmoothWarp
 from untrojan.metrics.accuracy import benign_accuracy
 from untrojan.metrics.class_distance import mean_distance, relative_increase
 from untrojan.models.classifier import Classifier, to_float
@@ -451,6 +454,33 @@ def test_decks_starts_go_by_turns_each_with_a_memory_of_its_own(
         assert [turn.memory for turn in turns] == memories
         problems = [turn.generator.problem(0) for turn in turns]
         assert [getattr(problem, "relative", None) for problem in problems] == list(relative)
+        beside = replace(deck, beside=("warping", "mask", "additive"))
+        more = beside.by_turns(beside.generator(model, clean))[len(turns) :]
+        first = 1 + max(memories)
+        assert [turn.memory for turn in more] == [first, first + 1, first + 2]
+        sought = [type(turn.generator.problem(0)) for turn in more]
+        assert sought == [SmoothWarp, MaskedPattern, FlippingPattern]
+
+
+@pytest.mark.usefixtures("quick")
+def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    encoder = Encoder([(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), nn.MaxPool2d(2))], [(4, 4)])
+    decoder = Decoder(encoder).requires_grad_(False)
+    decoder.psnr = 99.0
+    monkeypatch.setattr(DECK, "generator", lambda *_: FeatureGenerator(encoder, decoder, regions=2))
+    options = {
+        "steps": 30,
+        "batch_size": 48,
+        "flip_fraction": 0.01,
+        "beside": ["warping", "mask", "additive"],
+    }
+    report = REPAIRS.build("deck", options)(model, clean)
+    assert report.history["searches"]["made"] > report.history["searches"]["failed"]
+    sizes = [visit["after"] for visit in report.history["visits"] if visit["after"] is not None]
+    assert all(size > 0 for size in sizes)
 
 
 def test_decks_ablations_are_options() -> None:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from untrojan.inversion.additive import FlippingPattern
 from untrojan.inversion.engine import Adam, ImageProblem, Problem, Stepper
 from untrojan.inversion.feature_space import PAPER_WEIGHTS, FeatureSpacePattern, LossWeights
 from untrojan.inversion.filters import FilterMatrix
 from untrojan.inversion.masked import MaskedPattern
+from untrojan.inversion.warping import SmoothWarp
 
 if TYPE_CHECKING:
     from untrojan.models.decoders import Decoder
@@ -72,6 +74,35 @@ class FilterGenerator:
 
     def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:
         return 255**2 * (problem.embed(parameters, images) - images).square().flatten(2).mean(2)
+
+
+@dataclass(frozen=True)
+class AdditiveGenerator:
+    """One pattern added to all images; the distance is its L2 norm, of pixels in [0, 1]."""
+
+    stepper: Stepper = field(default_factory=lambda: Adam(0.01, (0.5, 0.9)))
+    cost: float = 1e-2
+
+    def problem(self, seed: int) -> FlippingPattern:
+        return FlippingPattern()
+
+    def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:
+        return problem.size(parameters)[:, None].expand(-1, images.shape[1])
+
+
+@dataclass(frozen=True)
+class WarpGenerator:
+    """A smooth warping; the distance is the control points' mean squared displacement, in squared pixels."""
+
+    points: int = 4
+    stepper: Stepper = field(default_factory=lambda: Adam(0.1, (0.5, 0.9)))
+    cost: float = 1e-2
+
+    def problem(self, seed: int) -> SmoothWarp:
+        return SmoothWarp(self.points, seed)
+
+    def moved(self, problem: Problem, parameters: Tensor, images: Tensor) -> Tensor:
+        return problem.size(parameters)[:, None].expand(-1, images.shape[1])
 
 
 @dataclass(frozen=True, eq=False)

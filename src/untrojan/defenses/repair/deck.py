@@ -5,8 +5,9 @@ Tao et al., "DECK: Model Hardening for Defending Pervasive Backdoors", sections 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
@@ -15,9 +16,21 @@ from untrojan.defenses.repair.hardening import Hardening, Turn
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import Adam
 from untrojan.inversion.feature_space import PAPER_WEIGHTS, STATISTICS, LossWeights
-from untrojan.inversion.generators import FeatureGenerator, Generator
+from untrojan.inversion.generators import (
+    AdditiveGenerator,
+    FeatureGenerator,
+    Generator,
+    MaskGenerator,
+    WarpGenerator,
+)
 from untrojan.models.classifier import Classifier
 from untrojan.models.decoders import Upsampling, prepare_decoder
+
+_BESIDE: Mapping[str, Callable[[], Generator]] = {
+    "warping": WarpGenerator,
+    "mask": MaskGenerator,
+    "additive": AdditiveGenerator,
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,9 @@ class DECK(Hardening):
     """Whether triggers set out from the images themselves, by the same turns:
     :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do. Either kind
     has a warm-up and a memory of its own. More than two searches may take turns."""
+    beside: tuple[Literal["warping", "mask", "additive"], ...] = ()
+    """Further searches that take their turns after those: for a smooth warping, for MOTH's patch, for a
+    pattern that is added. No transformation of features does what these do. Ours."""
     steps: Annotated[int, Ge(1)] = 100
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
@@ -79,13 +95,16 @@ class DECK(Hardening):
 
     def by_turns(self, generator: Generator) -> tuple[Turn, ...]:
         assert isinstance(generator, FeatureGenerator)
-        return tuple(
+        turns = tuple(
             Turn(
                 replace(generator, stepper=_stepper(rate), cost=cost, relative=relative),
                 memory=int(relative != self.relative[0]),
             )
             for rate, cost, relative in zip(self.search_rates, self.costs, self.relative, strict=True)
         )
+        kinds = len({turn.memory for turn in turns})
+        others = (Turn(_BESIDE[name](), memory=kinds + place) for place, name in enumerate(self.beside))
+        return (*turns, *others)
 
     def told(self, generator: Generator) -> dict[str, Any]:
         assert isinstance(generator, FeatureGenerator)
