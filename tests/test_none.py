@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from known_backdoor import BACKDOOR, CLASSES, TARGET, backdoored, blocks
 from untrojan.cost import measure
-from untrojan.defenses.training.none import NONE, Analysis, excess_by_class, linearity_by_class, two_groups
+from untrojan.defenses.training.none import (
+    NONE,
+    Analysis,
+    excess_by_class,
+    groups_of_each,
+    linearity_by_class,
+    two_groups,
+)
 from untrojan.errors import UntrojanError
 from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, predictions_of
@@ -161,6 +168,50 @@ def test_every_class_has_its_own_two_groups_where_every_class_is_attacked() -> N
     found = NONE().judge(activations, probabilities)
     assert found.classes == tuple(range(CLASSES))
     assert torch.equal(found.suspects, poisoned)
+
+
+def test_what_has_every_class_in_two_groups_is_seen_though_it_is_linear_for_none() -> None:
+    """All to all, one image in five: what answers to the pattern does so in every class alike."""
+    count = 2000
+    labels, poisoned = torch.arange(count) % CLASSES, torch.arange(count) % 20 < 4
+    probabilities = torch.full((count, CLASSES), 1e-3).scatter(1, labels[:, None], 1 - 3e-3)
+    random = torch.Generator().manual_seed(0)
+
+    def layer(answers: Tensor) -> Tensor:
+        own = 6.0 * torch.nn.functional.one_hot(labels, CLASSES)
+        values = torch.cat([own, answers[:, None]], 1)
+        return values + torch.randn(values.shape, generator=random)
+
+    attacked = {name: layer(9.0 * poisoned) for name in ("one", "two")}
+    scores = linearity_by_class(attacked["one"], probabilities)
+    assert not bool(scores[:, -1].any() and (scores.argmax(1) == CLASSES).any())
+    found = NONE().judge(attacked, probabilities)
+    assert found.classes == tuple(range(CLASSES))
+    assert float((found.suspects != poisoned).float().mean()) < 1e-3
+    assert found.compromised["one"].tolist() == [CLASSES]
+    # Day and night, say, which one layer tells apart, and another barely.
+    natural = {"one": layer(8.0 * poisoned), "two": layer(5.0 * poisoned)}
+    assert 2.0 < two_groups(natural["two"][labels == 0, -1], 5).separation < 2.8
+    assert NONE().judge(natural, probabilities).classes == ()
+    # Of a single class that is large enough nothing is in common.
+    one = labels == 0
+    assert NONE().judge({k: v[one] for k, v in attacked.items()}, probabilities[one]).classes == ()
+
+
+def test_the_groups_of_each_column_are_its_own() -> None:
+    random = torch.Generator().manual_seed(0)
+    values = torch.randn(60, 5, generator=random)
+    values[:20, 1] += 9
+    values[:, 3] = 2.0
+    at, fit, separation = groups_of_each(values, 5)
+    for column in range(5):
+        own = two_groups(values[:, column], 5)
+        assert (float(at[column]), float(fit[column]), float(separation[column])) == pytest.approx(
+            (own.at, own.fit, own.separation)
+        )
+    assert separation[1] > 3
+    assert (float(separation[3]), float(fit[3]), float(at[3])) == (0.0, 0.0, 2.0)
+    assert groups_of_each(values[:9], 5)[2].tolist() == [0.0] * 5
 
 
 def test_what_answers_to_the_images_of_one_class_is_looked_for_in_the_others() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,24 +50,47 @@ def two_groups(values: Tensor, smallest: int = 1) -> Split:
     Otsu's, Jenks' and two-means' are the same in one dimension. Sorted prefix sums find it in O(n log n).
     Where all values are equal or there are too few for two groups, nothing lies above and the fit is 0.
     """
-    values = values.double().sort().values
-    count = len(values)
-    if count < 2 * smallest or float(values[-1] - values[0]) == 0:
-        return Split(float(values[-1]) if count else 0.0, 0.0, 0.0)
-    ordered = values - values.mean()
-    below = torch.arange(1, count, dtype=torch.float64)
-    between = ordered.cumsum(0)[:-1].square() * count / (below * (count - below))
+    if not len(values):
+        return Split(0.0, 0.0, 0.0)
+    at, fit, separation = (float(each) for each in groups_of_each(values[:, None], smallest))
+    return Split(at, fit, separation)
+
+
+def groups_of_each(values: Tensor, smallest: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`two_groups` of each column of (n, C) values, n > 0: ``at``, ``fit`` and ``separation``, (C,)."""
+    ordered = values.double().sort(0).values
+    count = len(ordered)
+    highest, nothing = ordered[-1], torch.zeros_like(ordered[-1])
+    if count < 2 * smallest or count < 2:
+        return highest, nothing, nothing
+    centred = ordered - ordered.mean(0)
+    sums, squares = centred.cumsum(0), centred.square().cumsum(0)
+    below = torch.arange(1, count, dtype=torch.float64)[:, None]
+    above = count - below
+    between = sums[:-1].square() * count / (below * above)
     # Equal values belong together: no cut between them.
     between[ordered[1:] == ordered[:-1]] = -1
     between[: smallest - 1] = between[count - smallest :] = -1
-    cut = int(between.argmax())
-    if between[cut] < 0:
-        return Split(float(values[-1]), 0.0, 0.0)
-    lower, upper = ordered[: cut + 1], ordered[cut + 1 :]
-    spread = float(lower.std(correction=0) + upper.std(correction=0))
-    gap = float(upper.mean() - lower.mean())
-    fit = float(between[cut] / ordered.square().sum())
-    return Split(float(values[cut]), min(max(fit, 0.0), 1.0), gap / max(spread, 1e-9 * gap))
+    best, cut = between.max(0, keepdim=True)
+
+    def at_cut(each: Tensor) -> Tensor:
+        return each.gather(0, cut)[0]
+
+    lower, upper = at_cut(sums[:-1] / below), at_cut(-sums[:-1] / above)
+    whole = squares[-1]
+
+    def deviation(square: Tensor, mean: Tensor) -> Tensor:
+        variance = square - mean.square()
+        # What is left of a difference of equals is rounding.
+        return variance.where(variance > 1e-12 * whole / count, 0).sqrt()
+
+    spread = deviation(at_cut(squares[:-1] / below), lower)
+    spread += deviation(at_cut((whole - squares[:-1]) / above), upper)
+    gap = (upper - lower).clamp_min(1e-300)
+    found = best[0] > 0
+    fit = (best[0] / whole.clamp_min(1e-300)).clamp(0, 1)
+    separation = gap / torch.maximum(spread, 1e-9 * gap)
+    return at_cut(ordered).where(found, highest), fit.where(found, 0), separation.where(found, 0)
 
 
 FEWEST = 40
@@ -74,6 +98,9 @@ FEWEST = 40
 a separation of 2, of 20 one in ten."""
 SMALLEST = 5
 """Images in a group: a single one far from all others may be anything."""
+COMMON = 3.0
+"""Times the excess asked of a class's most linear channels that is asked of any channels for most classes: of
+many some is bound to be apart, and classes may have two kinds of images in common, such as day and night."""
 STRONG, WEAK = 0.9, 0.1
 """An image is strong for a class whose probability is above the one, and weak below the other."""
 
@@ -149,9 +176,11 @@ class NONE:
     quality of such separation", may mean the goodness of variance fit; with one image in a hundred poisoned
     that is .65, all of them told apart, and as much with none poisoned.
 
-    Once some images are told apart it is known which channels answer to them. These are reset, instead of
-    those that are linear for whatever class, and the foremost of each layer is asked about the classes in
-    which another was more linear. Both are ours; ``compromised_by`` has the released rule.
+    A pattern that leads to every class excites channels that are linear for none: so the channel of each
+    layer that has most classes in two groups is asked, too. And once some images are told apart it is known
+    which channels answer to them. These are reset, instead of those that are linear for whatever class, and
+    the foremost of each layer is asked about the classes in which another was more linear. All three are
+    ours; ``compromised_by`` has the released rule for what is reset.
     """
 
     mode: Mode = "released"
@@ -305,22 +334,46 @@ class NONE:
         classes: list[int] = []
         counts = predicted.bincount(minlength=len(next(iter(linearity.values()))))
         large = (counts >= FEWEST).nonzero().flatten().tolist()
-        asked = {label: _most_linear(linearity, label) for label in large}
-        for again in (False, True):
-            for label, channels in asked.items():
+
+        def ask(channels_of: Mapping[int, dict[str, int]]) -> None:
+            for label, channels in channels_of.items():
+                if label in classes or not channels:
+                    continue
                 rows = predicted == label
                 own, said, chosen = self._look(activations, channels, rows, enough)
                 if chosen is not None:
                     classes.append(label)
                     suspects[rows] = chosen
-                if chosen is not None or not again:
+                if chosen is not None or label not in separations:
                     separations[label], votes[rows] = own, said
-            # One pattern leads to several classes, and in one of them something else may be more linear.
-            excited = _most_excited(activations, predicted, suspects)
-            asked = {label: excited for label in large if label not in classes} if excited else {}
+
+        ask({label: _most_linear(linearity, label) for label in large})
+        # One pattern leads to several classes: to most, and what answers to it is linear for none, ...
+        ask(dict.fromkeys(large, self._common(activations, predicted, large, enough)))
+        # ... or to some, and in one of them something else is more linear.
+        ask(dict.fromkeys(large, _most_excited(activations, predicted, suspects)))
         ranked = [sorted(own.values()) for own in separations.values() if len(own) >= enough]
         clearest = max((own[-enough] for own in ranked), default=0.0)
         return Analysis({}, suspects, clearest, bool(classes), tuple(sorted(classes)), separations, votes)
+
+    def _common(
+        self, activations: dict[str, Tensor], predicted: Tensor, classes: list[int], enough: int
+    ) -> dict[str, int]:
+        """By layer, the channel that has most classes furthest apart; none where fewer than ``enough`` layers
+        have one that has them clearly apart, and for a single class."""
+        channels, typical = {}, []
+        for path, values in activations.items():
+            each = [groups_of_each(values[predicted == label], SMALLEST)[2] for label in classes]
+            if len(each) > 1:
+                best = torch.stack(each).median(0).values.max(0)
+                channels[path] = int(best.indices)
+                typical.append(float(best.values))
+        return channels if self._agree(typical, enough, COMMON * self.excess) else {}
+
+    def _agree(self, separations: Iterable[float], enough: int, excess: float) -> bool:
+        """Whether ``enough`` layers have a say, and lie so far above what it takes in sum."""
+        agreeing = [each for each in separations if each >= self.layer_separation]
+        return len(agreeing) >= enough and sum(agreeing) >= len(agreeing) * self.layer_separation + excess
 
     def _look(
         self, activations: dict[str, Tensor], channels: dict[str, int], rows: Tensor, enough: int
@@ -334,10 +387,9 @@ class NONE:
             own[path] = split.separation
             if split.separation >= self.layer_separation:
                 votes += answers > split.at
-        agreeing = [each for each in own.values() if each >= self.layer_separation]
-        if len(agreeing) < enough or sum(agreeing) < len(agreeing) * self.layer_separation + self.excess:
-            return own, votes, None
-        return own, votes, votes >= max(enough, len(agreeing) / 2)
+        agreeing = sum(each >= self.layer_separation for each in own.values())
+        chosen = votes >= max(enough, agreeing / 2)
+        return own, votes, chosen if self._agree(own.values(), enough, self.excess) else None
 
     def _paper(self, activations: dict[str, Tensor]) -> Analysis:
         suspects, best = torch.zeros(len(next(iter(activations.values()))), dtype=torch.bool), 0.0
