@@ -24,7 +24,7 @@ from untrojan.errors import UntrojanError
 from untrojan.inversion.additive import FlippingPattern
 from untrojan.inversion.engine import Adam, invert
 from untrojan.inversion.feature_space import LossWeights
-from untrojan.inversion.filters import second_moments
+from untrojan.inversion.filters import FilterMatrix, second_moments
 from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, MaskGenerator
 from untrojan.inversion.masked import MaskedPattern
 from untrojan.inversion.warping import SmoothWarp
@@ -216,7 +216,9 @@ def test_searches_take_turns_from_period_to_period(
     # Nothing is ever found, so that every step is a period's first.
     moth = replace(QUICK, steps=8, period=2, flip_fraction=1.0)
     monkeypatch.setattr(MOTH, "generator", lambda *_: MaskGenerator(Adam(1e-9)))
-    monkeypatch.setattr(MOTH, "by_turns", lambda _, first: (Turn(first), Turn(replace(first, cost=0.5))))
+    monkeypatch.setattr(
+        MOTH, "by_turns", lambda _, first, clean: (Turn(first), Turn(replace(first, cost=0.5)))
+    )
     with pytest.raises(UntrojanError, match="nothing was hardened"):
         moth(model, clean)
     universal, *pairs = costs
@@ -301,7 +303,9 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
 ) -> None:
     model, clean, _ = trained
     moth = replace(QUICK, averaging=averaging, taught=taught, steps=6 * kinds)
-    monkeypatch.setattr(MOTH, "by_turns", lambda _, first: tuple(Turn(first, kind) for kind in range(kinds)))
+    monkeypatch.setattr(
+        MOTH, "by_turns", lambda _, first, clean: tuple(Turn(first, kind) for kind in range(kinds))
+    )
     model.train()
     model.network.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -430,7 +434,7 @@ def test_decks_search_is_as_its_settings_say(
     schedules = deck.schedules(made)
     assert [each.most_steps for each in schedules] == [100, 40, 12]
     assert [each.shrink.cost for each in schedules if each.shrink] == [0.5, 0.5, 5.0]
-    searches = [turn.generator for turn in deck.by_turns(made)]
+    searches = [turn.generator for turn in deck.by_turns(made, clean)]
     assert [(each.stepper, each.cost) for each in searches] == [
         (replace(made.stepper, rate=0.02), 0.5),
         (replace(made.stepper, rate=0.003), 0.25),
@@ -450,16 +454,16 @@ def test_decks_starts_go_by_turns_each_with_a_memory_of_its_own(
     monkeypatch.setattr("untrojan.defenses.repair.deck.prepare_decoder", lambda *_, **__: (encoder, decoder))
     for relative, memories in (((False, False), [0, 0]), ((True, False), [0, 1]), ((False, True), [0, 1])):
         deck = DECK(relative=relative)
-        turns = deck.by_turns(deck.generator(model, clean))
+        turns = deck.by_turns(deck.generator(model, clean), clean)
         assert [turn.memory for turn in turns] == memories
         problems = [turn.generator.problem(0) for turn in turns]
         assert [getattr(problem, "relative", None) for problem in problems] == list(relative)
-        beside = replace(deck, beside=("warping", "mask", "additive"))
-        more = beside.by_turns(beside.generator(model, clean))[len(turns) :]
+        beside = replace(deck, beside=("warping", "filter", "mask", "additive"))
+        more = beside.by_turns(beside.generator(model, clean), clean)[len(turns) :]
         first = 1 + max(memories)
-        assert [turn.memory for turn in more] == [first, first + 1, first + 2]
+        assert [turn.memory for turn in more] == [first, first + 1, first + 2, first + 3]
         sought = [type(turn.generator.problem(0)) for turn in more]
-        assert sought == [SmoothWarp, MaskedPattern, FlippingPattern]
+        assert sought == [SmoothWarp, FilterMatrix, MaskedPattern, FlippingPattern]
 
 
 @pytest.mark.usefixtures("quick")
@@ -475,7 +479,7 @@ def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
         "steps": 30,
         "batch_size": 48,
         "flip_fraction": 0.01,
-        "beside": ["warping", "mask", "additive"],
+        "beside": ["warping", "filter"],
     }
     report = REPAIRS.build("deck", options)(model, clean)
     assert report.history["searches"]["made"] > report.history["searches"]["failed"]

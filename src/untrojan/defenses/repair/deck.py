@@ -16,20 +16,23 @@ from untrojan.defenses.repair.hardening import Hardening, Turn
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import Adam
 from untrojan.inversion.feature_space import PAPER_WEIGHTS, STATISTICS, LossWeights
+from untrojan.inversion.filters import second_moments
 from untrojan.inversion.generators import (
     AdditiveGenerator,
     FeatureGenerator,
+    FilterGenerator,
     Generator,
     MaskGenerator,
     WarpGenerator,
 )
-from untrojan.models.classifier import Classifier
+from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.decoders import Upsampling, prepare_decoder
 
-_BESIDE: Mapping[str, Callable[[], Generator]] = {
-    "warping": WarpGenerator,
-    "mask": MaskGenerator,
-    "additive": AdditiveGenerator,
+_BESIDE: Mapping[str, Callable[[ImageSet], Generator]] = {
+    "warping": lambda clean: WarpGenerator(),
+    "filter": lambda clean: FilterGenerator(second_moments(to_float(clean.images))),
+    "mask": lambda clean: MaskGenerator(),
+    "additive": lambda clean: AdditiveGenerator(),
 }
 
 
@@ -65,9 +68,9 @@ class DECK(Hardening):
     """Whether triggers set out from the images themselves, by the same turns:
     :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do. Either kind
     has a warm-up and a memory of its own. More than two searches may take turns."""
-    beside: tuple[Literal["warping", "mask", "additive"], ...] = ()
-    """Further searches that take their turns after those: for a smooth warping, for MOTH's patch, for a
-    pattern that is added. No transformation of features does what these do. Ours."""
+    beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = ()
+    """Further searches that take their turns after those: for a smooth warping, for ABS's filter, for MOTH's
+    patch, for a pattern that is added. Ours."""
     steps: Annotated[int, Ge(1)] = 100
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
@@ -93,7 +96,7 @@ class DECK(Hardening):
             stepper=_stepper(self.search_rates[0]), cost=self.costs[0], relative=self.relative[0],
         )  # fmt: skip
 
-    def by_turns(self, generator: Generator) -> tuple[Turn, ...]:
+    def by_turns(self, generator: Generator, clean: ImageSet) -> tuple[Turn, ...]:
         assert isinstance(generator, FeatureGenerator)
         turns = tuple(
             Turn(
@@ -103,7 +106,7 @@ class DECK(Hardening):
             for rate, cost, relative in zip(self.search_rates, self.costs, self.relative, strict=True)
         )
         kinds = len({turn.memory for turn in turns})
-        others = (Turn(_BESIDE[name](), memory=kinds + place) for place, name in enumerate(self.beside))
+        others = (Turn(_BESIDE[name](clean), memory=kinds + place) for place, name in enumerate(self.beside))
         return (*turns, *others)
 
     def told(self, generator: Generator) -> dict[str, Any]:

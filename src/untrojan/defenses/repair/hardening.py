@@ -233,7 +233,7 @@ class Hardening:
         """What makes one class look like another."""
         raise NotImplementedError
 
-    def by_turns(self, generator: Generator) -> tuple[Turn, ...]:
+    def by_turns(self, generator: Generator, clean: ImageSet) -> tuple[Turn, ...]:
         """Searches that take turns from period to period."""
         return (Turn(generator),)
 
@@ -247,7 +247,7 @@ class Hardening:
         """
         self._check(model, clean)
         generator = self.generator(model, clean)
-        turns = self.by_turns(generator)
+        turns = self.by_turns(generator, clean)
         warm_up = clean.num_classes * _kinds(turns)
         epochs = epochs_for(warm_up + self.steps, len(clean), self.batch_size)
         recipe = Recipe(
@@ -276,7 +276,7 @@ class Hardening:
         The model is looked at as it is now, and whenever a batch comes. Raises UntrojanError as calling does.
         """
         self._check(model, clean)
-        turns = self.by_turns(self.generator(model, clean))
+        turns = self.by_turns(self.generator(model, clean), clean)
         return self._hardener(model, clean, turns, steps, checkpoint)
 
     def _hardener(
