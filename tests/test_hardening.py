@@ -398,16 +398,22 @@ def test_batch_norm_goes_on_learning_through_the_inversions(
     assert int(still.network[1].num_batches_tracked) == 0  # type: ignore[index]
 
 
-@pytest.mark.usefixtures("quick")
-def test_deck_hardens_with_images_decoded_from_features(
-    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, clean, _ = trained
+def small_features() -> tuple[Encoder, Decoder]:
+    """Four maps of half the side, and a decoder that passes for a good one."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
     encoder = Encoder([(block, nn.MaxPool2d(2))], [(4, 4)], (127.0,) * 3, (64.0,) * 3)
     decoder = Decoder(encoder).requires_grad_(False)
     decoder.psnr = 99.0
+    return encoder, decoder
+
+
+@pytest.mark.usefixtures("quick")
+def test_deck_hardens_with_images_decoded_from_features(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    encoder, decoder = small_features()
     made = FeatureGenerator(encoder, decoder, regions=2)
     monkeypatch.setattr(DECK, "generator", lambda *_: made)
     deck = REPAIRS.build("deck", {"steps": 4, "batch_size": 48, "flip_fraction": 0.01})
@@ -422,10 +428,7 @@ def test_decks_search_is_as_its_settings_say(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
-    block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
-    encoder = Encoder([(block, nn.MaxPool2d(2))], [(4, 4)])
-    decoder = Decoder(encoder).requires_grad_(False)
-    decoder.psnr = 99.0
+    encoder, decoder = small_features()
     monkeypatch.setattr("untrojan.defenses.repair.deck.prepare_decoder", lambda *_, **__: (encoder, decoder))
     deck = DECK(regions=2, search_rates=(0.02, 0.003), costs=(0.5, 0.25))
     made = deck.generator(model, clean)
@@ -448,9 +451,7 @@ def test_decks_starts_go_by_turns_each_with_a_memory_of_its_own(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
-    encoder = Encoder([(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), nn.MaxPool2d(2))], [(4, 4)])
-    decoder = Decoder(encoder).requires_grad_(False)
-    decoder.psnr = 99.0
+    encoder, decoder = small_features()
     monkeypatch.setattr("untrojan.defenses.repair.deck.prepare_decoder", lambda *_, **__: (encoder, decoder))
     for relative, memories in (((False, False), [0, 0]), ((True, False), [0, 1]), ((False, True), [0, 1])):
         deck = DECK(relative=relative)
@@ -471,9 +472,7 @@ def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
-    encoder = Encoder([(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), nn.MaxPool2d(2))], [(4, 4)])
-    decoder = Decoder(encoder).requires_grad_(False)
-    decoder.psnr = 99.0
+    encoder, decoder = small_features()
     monkeypatch.setattr(DECK, "generator", lambda *_: FeatureGenerator(encoder, decoder, regions=2))
     options = {
         "steps": 30,

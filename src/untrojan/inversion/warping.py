@@ -24,7 +24,8 @@ class SmoothWarp:
     :class:`~untrojan.inversion.engine.Problem`.
 
     Parameters are (P, 2, k, k): how far to the right and down, in pixels, what comes to the k x k control
-    points lay; bicubic between them. What is to be small is the points' mean squared displacement, in pixels.
+    points lay; bicubic between them. What is to be small is the points' mean squared displacement, in
+    squared pixels.
     """
 
     points: int = 4

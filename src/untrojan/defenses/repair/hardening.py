@@ -204,8 +204,7 @@ class Hardening:
     taught: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Weight, in the loss, of the Kullback-Leibler divergence from what the given model says of the images
     before they get triggers; the rest is the labels' cross-entropy. Few images teach less than the model
-    knows: so it bears a rate of training ten times as high. Trained on clean images alone it would keep its
-    backdoor, too. Ours."""
+    knows, so that a higher rate of training can be borne. Ours."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -413,7 +412,7 @@ class Hardener:
         memories: list[PairStates],
     ) -> None:
         self.settings, self.model, self.clean = settings, model, clean
-        self.given = frozen(model)
+        self.given = frozen(model) if settings.taught else model
         self.answers = torch.empty(0)
         """The given model's log-probabilities for the batch in hand."""
         self.turns, self.memories = turns, memories
