@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from untrojan.errors import UntrojanError
 from untrojan.inversion.filters import FilterMatrix
 from untrojan.metrics.accuracy import attack_success_rate, benign_accuracy
 from untrojan.models.classifier import Classifier, logits_of, to_float
-from untrojan.models.registry import build
+from untrojan.models.registry import build, build_for
 from untrojan.training.loop import train
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -218,6 +219,18 @@ def test_on_maps_of_eight_pixels_a_side_the_loss_is_the_published_one(backdoored
     published = 1000 * F.mse_loss(attention(one), attention(other))
     found = distillation_loss({"s3": one}, {"s3": other}, {"s3": weight}, 2.0)
     assert float(found) == pytest.approx(float(published), rel=1e-4)
+
+
+def test_a_network_without_norm_layers_is_distilled_at_a_tenth_of_the_learning_rate(
+    backdoored: Backdoored,
+) -> None:
+    nin = build_for(backdoored.clean, "nin@0.25")
+    rate = NAD().recipe(2560, nin).learning_rate
+    assert rate == pytest.approx(0.01)
+    with_norm = build_for(backdoored.clean, "vgg11@0.125")
+    assert NAD().recipe(2560, with_norm).learning_rate == pytest.approx(10 * rate)
+    report = NAD(epochs=2, teacher_epochs=1)(nin, backdoored.clean)
+    assert all(math.isfinite(epoch["loss"]) for epoch in report.history["epochs"])
 
 
 def test_what_is_pruned_stays_pruned_and_is_as_good_as_masked(backdoored: Backdoored) -> None:
