@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -293,14 +293,26 @@ class NONE:
         first. The rest as for :meth:`judge`."""
         if self.mode == "paper":
             return _positive(activations, self.theta)
-        predicted, found = probabilities.argmax(1), {}
+        return self._worst(
+            activations, probabilities.argmax(1), suspects,
+            lambda path: linearity_by_class(activations[path], probabilities),
+        )  # fmt: skip
+
+    def _worst(
+        self,
+        activations: dict[str, Tensor],
+        predicted: Tensor,
+        suspects: Tensor,
+        linearity: Callable[[str], Tensor],
+    ) -> dict[str, Tensor]:
+        found = {}
         for path, values in activations.items():
             excess = excess_by_class(values, predicted, suspects)
             if self.compromised_by == "suspects" and len(excess):
                 # Not in units of its deviation: what a channel passes on is the difference itself.
                 scores = excess.mean(0)
             else:
-                scores = linearity_by_class(values, probabilities).amax(0)
+                scores = linearity(path).amax(0)
             worst = scores.argsort(descending=True)[: math.ceil(self.share * len(scores))]
             # A channel without a score answers to no class or suspect beyond others: it is left alone.
             if float(scores[worst[0]]) > 0:
@@ -309,11 +321,13 @@ class NONE:
 
     def _released(self, activations: dict[str, Tensor], probabilities: Tensor) -> Analysis:
         linearity = {path: linearity_by_class(values, probabilities) for path, values in activations.items()}
+        predicted = probabilities.argmax(1)
         if self.split == "within-classes":
-            found = self._within_classes(linearity, activations, probabilities.argmax(1))
+            found = self._within_classes(linearity, activations, predicted)
         else:
             found = self._all_at_once(linearity, activations)
-        return replace(found, compromised=self.compromised(activations, probabilities, self.dropped(found)))
+        compromised = self._worst(activations, predicted, self.dropped(found), linearity.__getitem__)
+        return replace(found, compromised=compromised)
 
     def _all_at_once(self, linearity: dict[str, Tensor], activations: dict[str, Tensor]) -> Analysis:
         excitement = torch.zeros(len(next(iter(activations.values()))), dtype=torch.float64)
