@@ -132,13 +132,13 @@ def test_only_so_many_triggers_are_remembered(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("quick")
 def test_only_the_pairs_images_are_stamped(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
     model, clean, _ = trained
-    moth = replace(QUICK, flip_fraction=0.05, stamped=0.5, pairs_at_once=2)
-    masks = MaskGenerator()
-    states = moth._warm_up(model, clean, masks, 0, 9, None)
+    moth = replace(QUICK, flip_fraction=0.05, stamped=0.5)
+    turn = Turn(MaskGenerator(), pairs_at_once=2)
+    states = moth._warm_up(model, clean, turn, 0, 9, None)
     assert bool((states.gains.diagonal() == 0).all())
     assert bool((states.distances.diagonal() == 0).all())
     assert float(states.distances.max()) == 1
-    hardener = Hardener(moth, model, clean, (Turn(masks),), [states])
+    hardener = Hardener(moth, model, clean, (turn,), [states])
     images, labels = to_float(clean.images), clean.labels
     rows = torch.arange(len(labels))
     stamped, kept = hardener(images, labels, rows, torch.Generator().manual_seed(0))
@@ -243,7 +243,7 @@ def test_triggers_of_two_kinds_are_kept_apart(
 
     monkeypatch.setattr(hardening, "invert", watching)
     masks, filters = MaskGenerator(), FilterGenerator(second_moments(to_float(clean.images)))
-    turns = (Turn(masks), Turn(filters, 1), Turn(masks))
+    turns = (Turn(masks), Turn(filters, 1, pairs_at_once=2), Turn(masks))
     monkeypatch.setattr(MOTH, "by_turns", lambda *_: turns)
     moth = replace(QUICK, steps=18, period=2, flip_fraction=0.01, replayed=0.5)
     report = moth(model, clean)
@@ -255,8 +255,10 @@ def test_triggers_of_two_kinds_are_kept_apart(
     assert searched[:12] == [mask, mask, window, window, mask, mask] * 2
     steps = [visit["step"] for visit in report.history["visits"]]
     assert steps == sorted(steps)
-    # Both ways of a period each, after two warm-ups of four steps.
-    assert steps[:4] == [10, 10, 12, 12]
+    # Both ways of a period's pairs, of two where filters have their turn, after two warm-ups of four steps.
+    assert steps[:8] == [10, 10, 12, 12, 12, 12, 14, 14]
+    filtered = report.history["visits"][2:6]
+    assert {visit["source"] for visit in filtered} == {0, 1, 2, 3} == {visit["target"] for visit in filtered}
     assert len(steps) == report.history["searches"]["made"]
 
 

@@ -71,6 +71,8 @@ class DECK(Hardening):
     beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = ()
     """Further searches that take their turns after those: for a smooth warping, for ABS's filter, for MOTH's
     patch, for a pattern that is added. Ours."""
+    pairs_beside: Annotated[int, Ge(1)] = 1
+    """Disjoint pairs that those harden at once: their searches take a tenth of the time that features' do."""
     steps: Annotated[int, Ge(1)] = 100
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
@@ -102,11 +104,15 @@ class DECK(Hardening):
             Turn(
                 replace(generator, stepper=_stepper(rate), cost=cost, relative=relative),
                 memory=int(relative != self.relative[0]),
+                pairs_at_once=self.pairs_at_once,
             )
             for rate, cost, relative in zip(self.search_rates, self.costs, self.relative, strict=True)
         )
         kinds = len({turn.memory for turn in turns})
-        others = (Turn(_BESIDE[name](clean), memory=kinds + place) for place, name in enumerate(self.beside))
+        others = (
+            Turn(_BESIDE[name](clean), memory=kinds + place, pairs_at_once=self.pairs_beside)
+            for place, name in enumerate(self.beside)
+        )
         return (*turns, *others)
 
     def told(self, generator: Generator) -> dict[str, Any]:

@@ -173,7 +173,9 @@ class Turn:
 
     generator: Generator
     memory: int = 0
-    """Turns that share one set out from each other's triggers, so these must be of one kind."""
+    """Turns that share one set out from each other's triggers, so these must be of one kind, ..."""
+    pairs_at_once: int = 1
+    """... and of as many disjoint pairs."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class Hardening:
 
     def by_turns(self, generator: Generator, clean: ImageSet) -> tuple[Turn, ...]:
         """Searches that take turns from period to period."""
-        return (Turn(generator),)
+        return (Turn(generator, pairs_at_once=self.pairs_at_once),)
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
         """Harden a copy of ``model`` with ``clean``, images known to be rightly labelled.
@@ -289,7 +291,7 @@ class Hardening:
         kinds = _kinds(turns)
         periods = max(1, -(-(steps - kinds * clean.num_classes) // self.period))
         memories = [
-            self._warm_up(model, clean, _first_of(turns, kind).generator, kind, periods, checkpoint)
+            self._warm_up(model, clean, _first_of(turns, kind), kind, periods, checkpoint)
             for kind in range(kinds)
         ]
         return Hardener(self, model, clean, turns, memories)
@@ -339,12 +341,13 @@ class Hardening:
         self,
         model: Classifier,
         clean: ImageSet,
-        generator: Generator,
+        turn: Turn,
         kind: int,
         periods: int,
         checkpoint: Path | None,
     ) -> PairStates:
         """Universal triggers for all classes at once, on ten images of each."""
+        generator = turn.generator
         problem = generator.problem(self.seed)
         sample = some_of_each(clean, 10, self.seed, "warm-up")
         pairs = torch.tensor([[ANY, target] for target in range(clean.num_classes)])
@@ -359,7 +362,7 @@ class Hardening:
             description="inverting universal triggers",
         )  # fmt: skip
         gains, sizes = universal_effects(model, sample, generator, self.seed, found)
-        return PairStates(gains, sizes, found.parameters, self.pairs_at_once, periods)
+        return PairStates(gains, sizes, found.parameters, turn.pairs_at_once, periods)
 
 
 def _kinds(turns: tuple[Turn, ...]) -> int:
@@ -565,9 +568,10 @@ class Hardener:
         settings, main_steps = self.settings, int(self.step) - self.warm_up_steps
         if main_steps:
             before.close_period(int(self.step))
-        states = self.memories[self.turns[self.turn].memory]
+        turn = self.turns[self.turn]
+        states = self.memories[turn.memory]
         promised = promise(states.gains, states.distances, min(main_steps / RAMP, 1.0))
-        chosen = choose_pairs(promised, settings.pairs_at_once, settings.explore, random)
+        chosen = choose_pairs(promised, turn.pairs_at_once, settings.explore, random)
         states.begin_period(chosen, settings.period)
         return states
 
