@@ -18,11 +18,10 @@ from untrojan.defenses.training.none import (
     NONE,
     Analysis,
     excess_by_class,
-    groups_of_each,
     linearity_by_class,
-    two_groups,
 )
 from untrojan.errors import UntrojanError
+from untrojan.metrics.grouping import groups_of_each, two_groups
 from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, predictions_of
 from untrojan.training.loop import train, train_new
@@ -231,8 +230,40 @@ def test_what_answers_to_the_images_of_one_class_is_looked_for_in_the_others() -
     assert found.classes == (TARGET, other)
     assert torch.equal(found.suspects, poisoned)
     assert max(found.separations[0].values()) < 2 < min(found.separations[other].values())
-    alone = {name: values[sure != TARGET] for name, values in activations.items()}
-    assert NONE().judge(alone, probabilities[sure != TARGET]).classes == ()
+
+
+def test_a_class_of_which_most_layers_tell_the_same_images_apart_stands_out() -> None:
+    """What answers to the pattern is not what is most linear for its class."""
+    count = 2000
+    sure, random = torch.arange(count) % CLASSES, torch.Generator().manual_seed(0)
+    poisoned = (sure == TARGET) & (torch.arange(count) < 400)
+    probabilities = torch.full((count, CLASSES), 1e-3).scatter(1, sure[:, None], 1 - 3e-3)
+
+    def layer(*answers: tuple[Tensor, float]) -> Tensor:
+        values = torch.randn(count, CLASSES + len(answers), generator=random)
+        values += torch.nn.functional.pad(
+            20.0 * torch.nn.functional.one_hot(sure, CLASSES), (0, len(answers))
+        )
+        for place, (images, strength) in enumerate(answers):
+            values[:, CLASSES + place] += strength * images
+        return values
+
+    pattern = (poisoned, 9.0)
+    attacked = {"one": layer(pattern), "two": layer(pattern), "three": layer()}
+    found = NONE().judge(attacked, probabilities)
+    assert found.classes == (TARGET,)
+    assert torch.equal(found.suspects, poisoned)
+    assert found.compromised["one"].tolist() == [CLASSES]
+    # Layers that tell different images apart do not agree, ...
+    others = (sure == TARGET) & (torch.arange(count) >= 1600)
+    apart = {"one": layer(pattern), "two": layer((others, 9.0)), "three": layer()}
+    assert NONE().judge(apart, probabilities).classes == ()
+    # ... one layer of two is not most, ...
+    assert NONE().judge({name: apart[name] for name in ("one", "three")}, probabilities).classes == ()
+    # ... and where another class has kinds of images as far apart, that is how these images are.
+    natural = ((sure == 0) & (torch.arange(count) < 800), 9.0)
+    alike = {"one": layer(pattern, natural), "two": layer(pattern, natural), "three": layer()}
+    assert NONE().judge(alike, probabilities).classes == ()
 
 
 def test_what_suspects_excite_is_reset_and_not_what_another_class_has() -> None:

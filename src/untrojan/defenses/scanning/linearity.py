@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.training.none import STRONG, WEAK, linearity_by_class, two_groups
+from untrojan.defenses.training.none import STRONG, WEAK, linearity_by_class
 from untrojan.errors import UntrojanError
+from untrojan.metrics.grouping import two_groups
 from untrojan.models.channels import channel_activations
 from untrojan.models.classifier import Classifier
 
@@ -42,7 +43,7 @@ class ChannelHistogram:
     positive: float
     """The share of all images with an activation of at least 0: algorithm 1's P(A >= 0)."""
     separation: float
-    """How far apart its two groups of images are, see :class:`~untrojan.defenses.training.none.Split`."""
+    """How far apart its two groups of images are, see :class:`~untrojan.metrics.grouping.Split`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.training.report import TrainingReport, keeping_every_class
 from untrojan.errors import UntrojanError
+from untrojan.metrics.grouping import groups_of_each, two_groups
 from untrojan.models.channels import Reduction, channel_activations, norms_after, weighted_layers
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.registry import build_for
@@ -28,69 +29,9 @@ from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
 
 Mode = Literal["released", "paper"]
+Groups = tuple[Tensor, Tensor, Tensor]
+"""What :func:`~untrojan.metrics.grouping.groups_of_each` says of a layer's channels."""
 NO_LAYERS = "NONE needs layers before the last one, with weights that are trained: choose another network"
-
-
-@dataclass(frozen=True)
-class Split:
-    """Values in two groups: those above ``at``, and the rest."""
-
-    at: float
-    fit: float
-    """Goodness of variance fit, 0..1: the share of the variance that lies between the groups."""
-    separation: float
-    """The difference of the groups' means in units of the sum of their standard deviations: 1.3 for halves of
-    a normal distribution, 1.7 for those of a uniform one. Unlike the fit it does not depend on how many are
-    in either group."""
-
-
-def two_groups(values: Tensor, smallest: int = 1) -> Split:
-    """The cut of (n,) values that leaves the least variance within two groups of ``smallest`` or more.
-
-    Otsu's, Jenks' and two-means' are the same in one dimension. Sorted prefix sums find it in O(n log n).
-    Where all values are equal or there are too few for two groups, nothing lies above and the fit is 0.
-    """
-    if not len(values):
-        return Split(0.0, 0.0, 0.0)
-    at, fit, separation = (float(each) for each in groups_of_each(values[:, None], smallest))
-    return Split(at, fit, separation)
-
-
-def groups_of_each(values: Tensor, smallest: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`two_groups` of each column of (n, C) values, n > 0: ``at``, ``fit`` and ``separation``, (C,)."""
-    ordered = values.double().sort(0).values
-    count = len(ordered)
-    highest, nothing = ordered[-1], torch.zeros_like(ordered[-1])
-    if count < 2 * smallest or count < 2:
-        return highest, nothing, nothing
-    centred = ordered - ordered.mean(0)
-    sums, squares = centred.cumsum(0), centred.square().cumsum(0)
-    below = torch.arange(1, count, dtype=torch.float64)[:, None]
-    above = count - below
-    between = sums[:-1].square() * count / (below * above)
-    # Equal values belong together: no cut between them.
-    between[ordered[1:] == ordered[:-1]] = -1
-    between[: smallest - 1] = between[count - smallest :] = -1
-    best, cut = between.max(0, keepdim=True)
-
-    def at_cut(each: Tensor) -> Tensor:
-        return each.gather(0, cut)[0]
-
-    lower, upper = at_cut(sums[:-1] / below), at_cut(-sums[:-1] / above)
-    whole = squares[-1]
-
-    def deviation(square: Tensor, mean: Tensor) -> Tensor:
-        variance = square - mean.square()
-        # What is left of a difference of equals is rounding.
-        return variance.where(variance > 1e-12 * whole / count, 0).sqrt()
-
-    spread = deviation(at_cut(squares[:-1] / below), lower)
-    spread += deviation(at_cut((whole - squares[:-1]) / above), upper)
-    gap = (upper - lower).clamp_min(1e-300)
-    found = best[0] > 0
-    fit = (best[0] / whole.clamp_min(1e-300)).clamp(0, 1)
-    separation = gap / torch.maximum(spread, 1e-9 * gap)
-    return at_cut(ordered).where(found, highest), fit.where(found, 0), separation.where(found, 0)
 
 
 FEWEST = 40
@@ -101,6 +42,11 @@ SMALLEST = 5
 COMMON = 3.0
 """Times the excess asked of a class's most linear channels that is asked of any channels for most classes: of
 many some is bound to be apart, and classes may have two kinds of images in common, such as day and night."""
+ALIKE = 0.6
+"""Dice coefficient from which on two channels are taken to tell the same images apart."""
+STANDS_OUT = 3.0
+"""Times what any other class has of it, and in most layers: classes have kinds of images of their own, and of
+many classes some have them far apart."""
 STRONG, WEAK = 0.9, 0.1
 """An image is strong for a class whose probability is above the one, and weak below the other."""
 
@@ -144,8 +90,9 @@ class Analysis:
     suspects: Tensor
     """bool (N,)."""
     separation: float
-    """How clearly images fall into two groups, see :class:`Split`: all of them; within classes, those of the
-    clearest class by its second-best layer (of :attr:`NONE.layers`); in mode paper, by the best neuron."""
+    """How clearly images fall into two groups (:class:`~untrojan.metrics.grouping.Split`): all of them;
+    within classes, those of the clearest class by its second-best layer (of :attr:`NONE.layers`); in mode
+    paper, by the best neuron."""
     apart: bool
     """Whether two groups are really there: else no suspect is dropped."""
     classes: tuple[int, ...] = ()
@@ -192,7 +139,7 @@ class NONE:
     split: Literal["within-classes", "all-at-once"] = "within-classes"
     """How mode released splits the images."""
     layer_separation: Annotated[float, Ge(0)] = 2.0
-    """Within classes: a layer has a say where it has a class at least so far apart, see :class:`Split`."""
+    """Within classes: a layer has a say where it has a class at least so far apart."""
     layers: Annotated[int, Ge(1)] = 2
     """Within classes: of so many layers at least, or all where a network has fewer, ..."""
     excess: Annotated[float, Ge(0)] = 1.0
@@ -361,28 +308,57 @@ class NONE:
                 if chosen is not None or label not in separations:
                     separations[label], votes[rows] = own, said
 
-        ask({label: _most_linear(linearity, label) for label in large})
+        linear = {label: _most_linear(linearity, label) for label in large}
+        ask(linear)
+        groups = {
+            label: {
+                path: groups_of_each(values[predicted == label], SMALLEST)
+                for path, values in activations.items()
+            }
+            for label in large
+        }
         # One pattern leads to several classes: to most, and what answers to it is linear for none, ...
-        ask(dict.fromkeys(large, self._common(activations, predicted, large, enough)))
+        ask(dict.fromkeys(large, self._common(groups, enough)))
+        # ... or to one that has channels still more linear, ...
+        left = [label for label in large if linear[label] and label not in classes]
+        ask(self._standing_out(activations, predicted, groups, left))
         # ... or to some, and in one of them something else is more linear.
         ask(dict.fromkeys(large, _most_excited(activations, predicted, suspects)))
         ranked = [sorted(own.values()) for own in separations.values() if len(own) >= enough]
         clearest = max((own[-enough] for own in ranked), default=0.0)
         return Analysis({}, suspects, clearest, bool(classes), tuple(sorted(classes)), separations, votes)
 
-    def _common(
-        self, activations: dict[str, Tensor], predicted: Tensor, classes: list[int], enough: int
-    ) -> dict[str, int]:
+    def _common(self, groups: Mapping[int, dict[str, Groups]], enough: int) -> dict[str, int]:
         """By layer, the channel that has most classes furthest apart; none where fewer than ``enough`` layers
         have one that has them clearly apart, and for a single class."""
         channels, typical = {}, []
-        for path, values in activations.items():
-            each = [groups_of_each(values[predicted == label], SMALLEST)[2] for label in classes]
-            if len(each) > 1:
-                best = torch.stack(each).median(0).values.max(0)
+        if len(groups) > 1:
+            for path in next(iter(groups.values())):
+                each = torch.stack([layers[path][2] for layers in groups.values()])
+                best = each.median(0).values.max(0)
                 channels[path] = int(best.indices)
                 typical.append(float(best.values))
         return channels if self._agree(typical, enough, COMMON * self.excess) else {}
+
+    def _standing_out(
+        self,
+        activations: dict[str, Tensor],
+        predicted: Tensor,
+        groups: Mapping[int, dict[str, Groups]],
+        classes: Iterable[int],
+    ) -> dict[int, dict[str, int]]:
+        """That of ``classes`` of which most layers tell the same images apart, and by which channels; none
+        where another has nearly as much of it."""
+        ranked = []
+        for label in classes:
+            mine = {path: values[predicted == label] for path, values in activations.items()}
+            ranked.append((*_in_unison(mine, groups[label], self.layer_separation), label))
+        ranked.sort(key=lambda each: each[0], reverse=True)
+        if len(ranked) < 2:
+            return {}
+        (apart, channels, label), (second, *_) = ranked[:2]
+        stands_out = apart > STANDS_OUT * second and 2 * len(channels) > len(activations)
+        return {label: channels} if stands_out else {}
 
     def _agree(self, separations: Iterable[float], enough: int, excess: float) -> bool:
         """Whether ``enough`` layers have a say, and lie so far above what it takes in sum."""
@@ -449,6 +425,40 @@ def _most_linear(linearity: dict[str, Tensor], label: int) -> dict[str, int]:
         path: int(scores[label].argmax())
         for path, scores in linearity.items()
         if float(scores[label].max()) > 0
+    }
+
+
+def _in_unison(
+    activations: dict[str, Tensor], groups: dict[str, Groups], separation: float
+) -> tuple[float, dict[str, int]]:
+    """The set of a class's images that its layers have furthest apart from the rest, by more than
+    ``separation``: by how much, summed over layers of which none counts for more than 1, and by which of
+    their channels. ``activations`` are the class's, ``groups`` what becomes of them."""
+    paths, channels, members, excess = [], [], [], []
+    for path, values in activations.items():
+        at, _, apart = groups[path]
+        those = (apart >= separation).nonzero().flatten()
+        if len(those):
+            paths.append(path)
+            channels.append(those)
+            members.append((values[:, those] > at[those]).float())
+            excess.append((apart[those] - separation).clamp_max(1))
+    if not paths:
+        return 0.0, {}
+    member = torch.cat(members, 1)
+    sizes = member.sum(0)
+    alike = 2 * (member.T @ member) >= ALIKE * (sizes[:, None] + sizes)
+    # For each channel's images, what each layer has of them: -1 where none of its channels has.
+    best = [
+        far.where(those, -1).max(1)
+        for far, those in zip(excess, alike.split([len(each) for each in channels], 1), strict=True)
+    ]
+    sums = torch.stack([each.values.clamp_min(0) for each in best]).sum(0)
+    foremost = int(sums.argmax())
+    return float(sums[foremost]), {
+        path: int(those[each.indices[foremost]])
+        for path, those, each in zip(paths, channels, best, strict=True)
+        if float(each.values[foremost]) >= 0
     }
 
 
