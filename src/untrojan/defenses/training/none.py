@@ -124,10 +124,12 @@ class NONE:
     that is .65, all of them told apart, and as much with none poisoned.
 
     A pattern that leads to every class excites channels that are linear for none: so the channel of each
-    layer that has most classes in two groups is asked, too. And once some images are told apart it is known
-    which channels answer to them. These are reset, instead of those that are linear for whatever class, and
-    the foremost of each layer is asked about the classes in which another was more linear. All three are
-    ours; ``compromised_by`` has the released rule for what is reset.
+    layer that has most classes in two groups is asked, too. A faint pattern's channels are not the most
+    linear: a class in which most layers tell the same images apart, far more so than in any other, is asked
+    by the channels that do. And once some images are told apart it is known which channels answer to them.
+    These are reset, instead of those that are linear for whatever class, and the foremost of each layer is
+    asked about the classes in which another was more linear. All of this is ours; ``compromised_by`` has the
+    released rule for what is reset.
     """
 
     mode: Mode = "released"
