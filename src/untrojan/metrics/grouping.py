@@ -28,8 +28,8 @@ class Split:
 def two_groups(values: Tensor, smallest: int = 1) -> Split:
     """The cut of (n,) values that leaves the least variance within two groups of ``smallest`` or more.
 
-    Sorted prefix sums find it in O(n log n).
-    Where all values are equal or there are too few for two groups, nothing lies above and the fit is 0.
+    Sorted prefix sums find it in O(n log n). Where all values are equal or there are too few for two groups,
+    nothing lies above and the fit is 0.
     """
     if not len(values):
         return Split(0.0, 0.0, 0.0)

@@ -298,12 +298,20 @@ class NONE:
         counts = predicted.bincount(minlength=len(next(iter(linearity.values()))))
         large = (counts >= FEWEST).nonzero().flatten().tolist()
 
+        groups = {
+            label: {
+                path: groups_of_each(values[predicted == label], SMALLEST)
+                for path, values in activations.items()
+            }
+            for label in large
+        }
+
         def ask(channels_of: Mapping[int, dict[str, int]]) -> None:
             for label, channels in channels_of.items():
                 if label in classes or not channels:
                     continue
                 rows = predicted == label
-                own, said, chosen = self._look(activations, channels, rows, enough)
+                own, said, chosen = self._look(activations, rows, groups[label], channels, enough)
                 if chosen is not None:
                     classes.append(label)
                     suspects[rows] = chosen
@@ -312,13 +320,6 @@ class NONE:
 
         linear = {label: _most_linear(linearity, label) for label in large}
         ask(linear)
-        groups = {
-            label: {
-                path: groups_of_each(values[predicted == label], SMALLEST)
-                for path, values in activations.items()
-            }
-            for label in large
-        }
         # One pattern leads to several classes: to most, and what answers to it is linear for none, ...
         ask(dict.fromkeys(large, self._common(groups, enough)))
         # ... or to one that has channels still more linear, ...
@@ -368,17 +369,21 @@ class NONE:
         return len(agreeing) >= enough and sum(agreeing) >= len(agreeing) * self.layer_separation + excess
 
     def _look(
-        self, activations: dict[str, Tensor], channels: dict[str, int], rows: Tensor, enough: int
+        self,
+        activations: dict[str, Tensor],
+        rows: Tensor,
+        groups: dict[str, Groups],
+        channels: dict[str, int],
+        enough: int,
     ) -> tuple[dict[str, float], Tensor, Tensor | None]:
         """At a class's images ``rows`` (N,) by a channel of each layer: how far apart each has them, how many
         have a say and the image in their upper group, and, where ``enough`` agree, which are suspects."""
         own, votes = {}, torch.zeros(int(rows.sum()))
         for path, channel in channels.items():
-            answers = activations[path][rows, channel].double()
-            split = two_groups(answers, SMALLEST)
-            own[path] = split.separation
-            if split.separation >= self.layer_separation:
-                votes += answers > split.at
+            at, _, separation = (each[channel] for each in groups[path])
+            own[path] = float(separation)
+            if own[path] >= self.layer_separation:
+                votes += activations[path][rows, channel].double() > at
         agreeing = sum(each >= self.layer_separation for each in own.values())
         chosen = votes >= max(enough, agreeing / 2)
         return own, votes, chosen if self._agree(own.values(), enough, self.excess) else None
@@ -452,8 +457,8 @@ def _in_unison(
     alike = 2 * (member.T @ member) >= ALIKE * (sizes[:, None] + sizes)
     # For each channel's images, what each layer has of them: -1 where none of its channels has.
     best = [
-        far.where(those, -1).max(1)
-        for far, those in zip(excess, alike.split([len(each) for each in channels], 1), strict=True)
+        far.where(same, -1).max(1)
+        for far, same in zip(excess, alike.split([len(each) for each in channels], 1), strict=True)
     ]
     sums = torch.stack([each.values.clamp_min(0) for each in best]).sum(0)
     foremost = int(sums.argmax())
