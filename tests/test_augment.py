@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from untrojan.data.augment import augment, crop, rotate
+from untrojan.data.augment import augment, collage, crop, rotate
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import to_float
 from untrojan.seeding import generator
@@ -197,3 +197,32 @@ def test_bad_options_are_named(options: dict[str, float], named: str) -> None:
 def test_float_images_are_refused() -> None:
     with pytest.raises(UntrojanError, match="uint8"):
         augment(torch.rand(1, 3, 4, 4), generator(0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))
+def test_a_collage_has_one_rectangle_of_somebody_else(count: int, height: int, width: int, seed: int) -> None:
+    images = torch.arange(count)[:, None, None, None].expand(-1, 3, height, width).clone()
+    out = collage(images, generator(seed, "collage"))
+    assert out.shape == images.shape
+    foreign = out != images
+    # The same places in every image and channel, and all of them one rectangle from one other image.
+    assert torch.equal(foreign, foreign[:1, :1].expand_as(foreign))
+    where = foreign[0, 0].nonzero()
+    if len(where):
+        spans = where.amax(0) - where.amin(0) + 1
+        assert int(spans.prod()) == len(where)
+    for image, alien in zip(out, foreign, strict=True):
+        assert len(image[alien].unique()) <= 1
+
+
+def test_collages_are_of_any_size_and_the_same_for_the_same_seed() -> None:
+    images = random_images(6, 3, 32, 32)
+    draw = generator(0, "collage")
+    shares = torch.stack([(collage(images, draw) != images).any(1)[0].float().mean() for _ in range(300)])
+    assert 0.4 < float(shares.mean()) < 0.55
+    assert float(shares.min()) < 0.1
+    assert float(shares.max()) > 0.8
+    first, second = (collage(images, generator(3, "collage")) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(collage(images[:1], draw), images[:1])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from untrojan.data.augment import collage
 from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
 from untrojan.defenses.repair import hardening
@@ -25,7 +26,7 @@ from untrojan.inversion.additive import FlippingPattern
 from untrojan.inversion.engine import Adam, invert
 from untrojan.inversion.feature_space import LossWeights
 from untrojan.inversion.filters import FilterMatrix, second_moments
-from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, MaskGenerator
+from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, MaskGenerator, WarpGenerator
 from untrojan.inversion.masked import MaskedPattern
 from untrojan.inversion.warping import SmoothWarp
 from untrojan.metrics.accuracy import benign_accuracy
@@ -293,7 +294,8 @@ def test_the_repaired_model_is_the_average_over_the_steps(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("averaging", "kinds", "taught"), [(0.0, 1, 0.0), (0.8, 1, 0.0), (0.8, 2, 0.0), (0.8, 1, 0.5)]
+    ("averaging", "kinds", "lessons"),
+    [(0.0, 1, {}), (0.8, 1, {}), (0.8, 2, {}), (0.8, 1, {"taught": 0.5}), (0.8, 1, {"pasted": 0.5})],
 )
 def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     trained: tuple[Classifier, ImageSet, ImageSet],
@@ -301,10 +303,10 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     monkeypatch: pytest.MonkeyPatch,
     averaging: float,
     kinds: int,
-    taught: float,
+    lessons: dict[str, float],
 ) -> None:
     model, clean, _ = trained
-    moth = replace(QUICK, averaging=averaging, taught=taught, steps=6 * kinds)
+    moth = replace(QUICK, averaging=averaging, steps=6 * kinds, **lessons)
     monkeypatch.setattr(
         MOTH, "by_turns", lambda _, first, clean: tuple(Turn(first, kind) for kind in range(kinds))
     )
@@ -363,6 +365,16 @@ def test_the_given_model_teaches_what_it_says_of_images_without_triggers(
     torch.testing.assert_close(value, 0.25 * picked + 0.75 * apart, rtol=1e-4, atol=1e-5)
     hardener.settings = QUICK
     torch.testing.assert_close(hardener.loss(learning, stamped, labels, rows)[0].detach(), picked)
+    # Pasted images are a lesson of their own: none has a trigger, and the labels say nothing of them.
+    hardener.settings = replace(QUICK, pasted=0.5)
+    stamped, _ = hardener(images, labels, rows, torch.Generator().manual_seed(4))
+    assert torch.equal(hardener.pasted, collage(images, torch.Generator().manual_seed(4)))
+    value, logits = hardener.loss(learning, stamped, labels, rows)
+    torch.testing.assert_close(logits, learning(stamped))
+    with torch.no_grad():
+        given, now = model(hardener.pasted).softmax(1), learning(hardener.pasted).log_softmax(1)
+    apart = (given * (given.log() - now)).sum(1).mean()
+    torch.testing.assert_close(value, picked + 0.5 * apart, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("quick")
@@ -432,7 +444,7 @@ def test_decks_search_is_as_its_settings_say(
     model, clean, _ = trained
     encoder, decoder = small_features()
     monkeypatch.setattr("untrojan.defenses.repair.deck.prepare_decoder", lambda *_, **__: (encoder, decoder))
-    deck = DECK(regions=2, search_rates=(0.02, 0.003), costs=(0.5, 0.25))
+    deck = DECK(regions=2, search_rates=(0.02, 0.003), costs=(0.5, 0.25), beside=())
     made = deck.generator(model, clean)
     problem = made.problem(7)
     assert (problem.regions, problem.seed) == (2, 7)
@@ -456,7 +468,7 @@ def test_decks_starts_go_by_turns_each_with_a_memory_of_its_own(
     encoder, decoder = small_features()
     monkeypatch.setattr("untrojan.defenses.repair.deck.prepare_decoder", lambda *_, **__: (encoder, decoder))
     for relative, memories in (((False, False), [0, 0]), ((True, False), [0, 1]), ((False, True), [0, 1])):
-        deck = DECK(relative=relative)
+        deck = DECK(relative=relative, beside=())
         turns = deck.by_turns(deck.generator(model, clean), clean)
         assert [turn.memory for turn in turns] == memories
         problems = [turn.generator.problem(0) for turn in turns]
@@ -480,9 +492,15 @@ def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
         "steps": 30,
         "batch_size": 48,
         "flip_fraction": 0.01,
-        "beside": ["warping", "filter"],
     }
-    report = REPAIRS.build("deck", options)(model, clean)
+    deck = REPAIRS.build("deck", options)
+    assert isinstance(deck, DECK)
+    turns = deck.by_turns(deck.generator(model, clean), clean)
+    # What a user gets who asks for nothing.
+    kinds = [FeatureGenerator, FeatureGenerator, WarpGenerator, FilterGenerator]
+    assert [type(turn.generator) for turn in turns] == kinds
+    assert [turn.pairs_at_once for turn in turns] == [1, 1, 5, 5]
+    report = deck(model, clean)
     assert report.history["searches"]["made"] > report.history["searches"]["failed"]
     sizes = [visit["after"] for visit in report.history["visits"] if visit["after"] is not None]
     assert all(size > 0 for size in sizes)

@@ -72,7 +72,9 @@ class DeckAdaptive(CraftedAttack):
         images = data.train
         rows = selected_rows(images, self._poisoning(), seed)
         victim = trainable(needed(model, "deck-adaptive"))
-        return self.learned(victim, images, rows, DECK(encoder=self.encoder, seed=seed), seed, scratch)
+        # The attacker's loss is the attack's own: there is nothing to be taught by.
+        hardening = DECK(encoder=self.encoder, taught=0, pasted=0, seed=seed)
+        return self.learned(victim, images, rows, hardening, seed, scratch)
 
     def learned(
         self,

@@ -1,4 +1,4 @@
-"""Random crops, flips and rotations of a whole training batch at once."""
+"""Random crops, flips, rotations and collages of a whole training batch at once."""
 
 from __future__ import annotations
 
@@ -85,6 +85,28 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     down = torch.stack([sine * (width / height), cosine, zero], 1)
     grid = F.affine_grid(torch.stack([across, down], 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def collage(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image with a rectangle of another of the batch in place of its own.
+
+    (N, C, H, W) of any type, same shape and type out. The rectangle is the same in all images; its area is
+    drawn uniformly between none and all of the image's, and it has the image's proportions (Yun et al.,
+    "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
+    section 3.2). No image gets its own where there are two or more.
+    """
+    count, (height, width) = len(images), images.shape[-2:]
+    if count < 2:
+        return images.clone()
+    drawn = torch.rand(3, generator=generator).tolist()
+    tall, wide = (int(drawn[0] ** 0.5 * side) for side in (height, width))
+    top, left = int(drawn[1] * (height - tall + 1)), int(drawn[2] * (width - wide + 1))
+    places = slice(top, top + tall), slice(left, left + wide)
+    order = torch.randperm(count, generator=generator).to(images.device)
+    out = images.clone()
+    # Whoever comes next in a random circle is somebody else.
+    out[order, :, *places] = images[order.roll(1), :, *places]
+    return out
 
 
 def _check(images: Tensor, crop_padding: int, rotation: float) -> None:

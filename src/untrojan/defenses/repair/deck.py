@@ -40,7 +40,14 @@ _BESIDE: Mapping[str, Callable[[ImageSet], Generator]] = {
 class DECK(Hardening):
     """:mod:`untrojan.defenses.repair.hardening` with DECK's feature-space generator.
 
-    D is the features' mean squared change. Raises UntrojanError, besides, where the encoder is not to be had
+    D is the features' mean squared change. The paper searches for changes of features alone and trains with
+    the labels alone. That left most of a strong WaNet and much of Invisible, so by default there are three
+    things besides that are ours: every other of those searches sets out from the images themselves
+    (``relative``), warpings and filters are searched for as well (``beside``), and what the given model says
+    of images without triggers is taught (``taught``, ``pasted``). ``relative=(False, False)``, ``beside=()``,
+    ``taught=0``, ``pasted=0`` and ``learning_rate=2e-3`` leave them out.
+
+    Raises UntrojanError, besides, where the encoder is not to be had
     or no good enough decoder for it can be trained on the clean images, and where there are not as many
     search rates as costs.
     """
@@ -64,21 +71,28 @@ class DECK(Hardening):
     costs: tuple[Annotated[float, Gt(0)], ...] = (1e-4, 1e-2)
     """alpha of equation 11 to begin with, by the same turns; a pair's later steps have ten times as much. Not
     stated in the paper."""
-    relative: tuple[bool, ...] = (False, False)
+    relative: tuple[bool, ...] = (False, True)
     """Whether triggers set out from the images themselves, by the same turns:
     :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do. Either kind
     has a warm-up and a memory of its own. More than two searches may take turns."""
-    beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = ()
+    beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = (
+        "warping",
+        "filter",
+    )
     """Further searches that take their turns after those: for a smooth warping, for ABS's filter, for MOTH's
     patch, for a pattern that is added. Ours."""
-    pairs_beside: Annotated[int, Ge(1)] = 1
+    pairs_beside: Annotated[int, Ge(1)] = 5
     """Disjoint pairs that those harden at once: their searches take a tenth of the time that features' do."""
     steps: Annotated[int, Ge(1)] = 100
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
     averaging: Annotated[float, Interval(ge=0, lt=1)] = 0.95
-    learning_rate: Annotated[float, Gt(0)] = 2e-3
-    """Twice that of MOTH's code, for a third of the steps: at less, filters outlast hardening."""
+    taught: Annotated[float, Interval(ge=0, le=1)] = 0.8
+    pasted: Annotated[float, Ge(0)] = 0.5
+    """Without it hardening costs up to a point more."""
+    learning_rate: Annotated[float, Gt(0)] = 3e-2
+    """Thirty times that of MOTH's code: at less, warpings outlast hardening. It takes what is taught besides
+    the labels to bear it."""
     fast_steps: ClassVar[tuple[int, int, int]] = (100, 40, 12)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
+from untrojan.data.augment import collage
 from untrojan.data.image_set import ImageSet, concatenate, numbered
 from untrojan.data.sampling import some_of_each
 from untrojan.defenses.repair.clean_data import epochs_for, weights_fingerprint
@@ -207,6 +208,9 @@ class Hardening:
     """Weight, in the loss, of the Kullback-Leibler divergence from what the given model says of the images
     before they get triggers; the rest is the labels' cross-entropy. Few images teach less than the model
     knows, so that a higher rate of training can be borne. Ours."""
+    pasted: Annotated[float, Ge(0)] = 0.0
+    """Weight, beside all that, of the same divergence for images without triggers that have a rectangle of
+    another one pasted in: few images in many combinations teach more of what the model knows. Ours."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -415,9 +419,11 @@ class Hardener:
         memories: list[PairStates],
     ) -> None:
         self.settings, self.model, self.clean = settings, model, clean
-        self.given = frozen(model) if settings.taught else model
+        self.given = frozen(model) if settings.taught or settings.pasted else model
         self.answers = torch.empty(0)
-        """The given model's log-probabilities for the batch in hand."""
+        """The given model's log-probabilities for the batch in hand, ..."""
+        self.pasted, self.pasted_answers = torch.empty(0), torch.empty(0)
+        """... the batch with rectangles pasted in, and those for it."""
         self.turns, self.memories = turns, memories
         self.step = torch.zeros((), dtype=torch.int64)
         kinds = range(len(memories))
@@ -457,6 +463,10 @@ class Hardener:
         if self.settings.taught:
             with torch.no_grad():
                 self.answers = self.given(images).log_softmax(1)
+        if self.settings.pasted:
+            self.pasted = collage(images, random)
+            with torch.no_grad():
+                self.pasted_answers = self.given(self.pasted).log_softmax(1)
         if self.settings.adversarial is not None:
             images = self.settings.adversarial(frozen(self.model), images, labels, random)
         if step < self.warm_up_steps:
@@ -470,11 +480,14 @@ class Hardener:
         self, model: Classifier, images: Tensor, labels: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """A :data:`~untrojan.training.loop.BatchLoss` for the batch that was hardened last."""
-        logits, taught = model(images), self.settings.taught
+        taught, pasted = self.settings.taught, self.settings.pasted
+        seen = model(torch.cat([images, self.pasted]) if pasted else images)
+        logits = seen[: len(images)]
         value = F.cross_entropy(logits, labels)
         if taught:
-            apart = F.kl_div(logits.log_softmax(1), self.answers, log_target=True, reduction="batchmean")
-            value = (1 - taught) * value + taught * apart
+            value = (1 - taught) * value + taught * _apart(self.answers, logits)
+        if pasted:
+            value = value + pasted * _apart(self.pasted_answers, seen[len(images) :])
         return value, logits
 
     def _remember(self) -> None:
@@ -615,6 +628,11 @@ class Hardener:
         out = images.clone()
         out[rows] = problem.embed(parameters[None].to(images.device), images[rows][None])[0]
         return out
+
+
+def _apart(answers: Tensor, logits: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of what is said now from ``answers``, log-probabilities, (N, K) both."""
+    return F.kl_div(logits.log_softmax(1), answers, log_target=True, reduction="batchmean")
 
 
 def _as_set(images: Tensor, labels: Tensor, like: ImageSet) -> ImageSet:
