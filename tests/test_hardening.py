@@ -17,13 +17,20 @@ from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
 from untrojan.defenses.repair import hardening
 from untrojan.defenses.repair.deck import DECK
-from untrojan.defenses.repair.hardening import Hardener, PairStates, Turn, choose_pairs, promise
+from untrojan.defenses.repair.hardening import (
+    Hardener,
+    PairStates,
+    Turn,
+    UniversalStates,
+    choose_pairs,
+    promise,
+)
 from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
 from untrojan.errors import UntrojanError
 from untrojan.inversion.additive import FlippingPattern
-from untrojan.inversion.engine import Adam, invert
+from untrojan.inversion.engine import ANY, Adam, Inversion, invert
 from untrojan.inversion.feature_space import LossWeights
 from untrojan.inversion.filters import FilterMatrix, second_moments
 from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, MaskGenerator, WarpGenerator
@@ -133,8 +140,8 @@ def test_only_so_many_triggers_are_remembered(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("quick")
 def test_only_the_pairs_images_are_stamped(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
     model, clean, _ = trained
-    moth = replace(QUICK, flip_fraction=0.05, stamped=0.5)
-    turn = Turn(MaskGenerator(), pairs_at_once=2)
+    moth = replace(QUICK, flip_fraction=0.05, stamped=0.5, pairs_at_once=2)
+    turn = Turn(MaskGenerator())
     states = moth._warm_up(model, clean, turn, 0, 9, None)
     assert bool((states.gains.diagonal() == 0).all())
     assert bool((states.distances.diagonal() == 0).all())
@@ -244,7 +251,7 @@ def test_triggers_of_two_kinds_are_kept_apart(
 
     monkeypatch.setattr(hardening, "invert", watching)
     masks, filters = MaskGenerator(), FilterGenerator(second_moments(to_float(clean.images)))
-    turns = (Turn(masks), Turn(filters, 1, pairs_at_once=2), Turn(masks))
+    turns = (Turn(masks), Turn(filters, 1), Turn(masks))
     monkeypatch.setattr(MOTH, "by_turns", lambda *_: turns)
     moth = replace(QUICK, steps=18, period=2, flip_fraction=0.01, replayed=0.5)
     report = moth(model, clean)
@@ -256,11 +263,64 @@ def test_triggers_of_two_kinds_are_kept_apart(
     assert searched[:12] == [mask, mask, window, window, mask, mask] * 2
     steps = [visit["step"] for visit in report.history["visits"]]
     assert steps == sorted(steps)
-    # Both ways of a period's pairs, of two where filters have their turn, after two warm-ups of four steps.
-    assert steps[:8] == [10, 10, 12, 12, 12, 12, 14, 14]
-    filtered = report.history["visits"][2:6]
-    assert {visit["source"] for visit in filtered} == {0, 1, 2, 3} == {visit["target"] for visit in filtered}
+    # Both ways of a period's pair, after two warm-ups of four steps.
+    assert steps[:6] == [10, 10, 12, 12, 14, 14]
     assert len(steps) == report.history["searches"]["made"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_universal_triggers_are_looked_for_anew_in_each_period(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    searched: list[tuple[str, list[int]]] = []
+
+    def watching(*arguments: Any, **named: Any) -> Any:
+        searched.append((named["description"], arguments[2][:, 0].tolist()))
+        return invert(*arguments, **named)
+
+    monkeypatch.setattr(hardening, "invert", watching)
+    turns = (Turn(MaskGenerator()), Turn(MaskGenerator(), 1, universal=0.25))
+    monkeypatch.setattr(MOTH, "by_turns", lambda *_: turns)
+    moth = replace(QUICK, steps=12, period=2, flip_fraction=0.01)
+    report = moth(model, clean)
+    universal, pairs = "inverting universal triggers", "inverting pairs"
+    # Two warm-ups; then a pair is looked for in each step of its period, universal triggers once.
+    assert [what for what, _ in searched[:8]] == [universal] * 2 + [pairs, pairs, universal] * 2
+    assert searched[4][1] == [ANY] * 4
+    visits = report.history["visits"]
+    assert [visit["source"] for visit in visits[2:6]] == [None] * 4
+    assert [visit["target"] for visit in visits[2:6]] == [0, 1, 2, 3]
+    assert all(visit["before"] is not None for visit in visits)
+    assert {visit["step"] for visit in visits[2:6]} == {12}
+    assert report.history["searches"]["made"] == len(visits)
+
+
+def test_universal_triggers_go_on_a_share_of_all_images_each_towards_another_class(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    states = UniversalStates(torch.zeros(4, 1), torch.ones(4), periods=3)
+    turns = (Turn(_Paint(), universal=0.5),)  # type: ignore[arg-type]
+    hardener = Hardener(QUICK, model, clean, turns, [states])
+    pairs = torch.tensor([[ANY, target] for target in range(4)])
+    grey = torch.tensor([[0.1], [0.2], [0.3], [0.4]])
+    solved = torch.tensor([True, False, True, True])
+    found = Inversion(pairs, grey, solved.float(), solved, torch.ones(4))
+    monkeypatch.setattr(hardening, "invert", lambda *_, **__: found)
+    monkeypatch.setattr(_Paint, "size", lambda _, parameters: 10 * parameters[:, 0], raising=False)
+    hardener.step.fill_(4)
+    images, labels = torch.ones(96, 3, 16, 16), clean.labels[:96]
+    out, _ = hardener(images, labels, torch.arange(96), torch.Generator().manual_seed(0))
+    changed = (out != images).flatten(1).all(1)
+    assert int(changed.sum()) == 48
+    targets = (out[changed, 0, 0, 0] * 10).round().long() - 1
+    assert set(targets.tolist()) == {0, 1, 2, 3}
+    assert not bool((targets == labels[changed]).any())
+    hardener.settle()
+    assert [visit["before"] for visit in hardener.history()] == [1.0] * 4
+    assert [visit["after"] for visit in hardener.history()] == pytest.approx([1.0, None, 3.0, 4.0])
+    assert hardener.searches() == {"made": 4, "failed": 1}
 
 
 @pytest.mark.usefixtures("quick")
@@ -294,8 +354,15 @@ def test_the_repaired_model_is_the_average_over_the_steps(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("averaging", "kinds", "lessons"),
-    [(0.0, 1, {}), (0.8, 1, {}), (0.8, 2, {}), (0.8, 1, {"taught": 0.5}), (0.8, 1, {"pasted": 0.5})],
+    ("averaging", "kinds", "lessons", "universal"),
+    [
+        (0.0, 1, {}, 0.0),
+        (0.8, 1, {}, 0.0),
+        (0.8, 2, {}, 0.0),
+        (0.8, 2, {"replayed": 0.5}, 0.5),
+        (0.8, 1, {"taught": 0.5}, 0.0),
+        (0.8, 1, {"pasted": 0.5}, 0.0),
+    ],
 )
 def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     trained: tuple[Classifier, ImageSet, ImageSet],
@@ -304,12 +371,12 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
     averaging: float,
     kinds: int,
     lessons: dict[str, float],
+    universal: float,
 ) -> None:
     model, clean, _ = trained
     moth = replace(QUICK, averaging=averaging, steps=6 * kinds, **lessons)
-    monkeypatch.setattr(
-        MOTH, "by_turns", lambda _, first, clean: tuple(Turn(first, kind) for kind in range(kinds))
-    )
+    turns = [Turn(MaskGenerator(), kind, universal=universal * kind) for kind in range(kinds)]
+    monkeypatch.setattr(MOTH, "by_turns", lambda *_: tuple(turns))
     model.train()
     model.network.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -499,7 +566,7 @@ def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
     # What a user gets who asks for nothing.
     kinds = [FeatureGenerator, FeatureGenerator, WarpGenerator, FilterGenerator]
     assert [type(turn.generator) for turn in turns] == kinds
-    assert [turn.pairs_at_once for turn in turns] == [1, 1, 5, 5]
+    assert [turn.universal for turn in turns] == [0, 0, 0.3, 0.3]
     report = deck(model, clean)
     assert report.history["searches"]["made"] > report.history["searches"]["failed"]
     sizes = [visit["after"] for visit in report.history["visits"] if visit["after"] is not None]

@@ -80,9 +80,10 @@ class DECK(Hardening):
         "filter",
     )
     """Further searches that take their turns after those: for a smooth warping, for ABS's filter, for MOTH's
-    patch, for a pattern that is added. Ours."""
-    pairs_beside: Annotated[int, Ge(1)] = 5
-    """Disjoint pairs that those harden at once: their searches take a tenth of the time that features' do."""
+    patch, for a pattern that is added. They take a tenth of the time that features' do, so each looks for
+    universal triggers, anew in every period. Ours."""
+    stamped_beside: Annotated[float, Interval(gt=0, le=1)] = 0.3
+    """Share of the batch's images that get those."""
     steps: Annotated[int, Ge(1)] = 100
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
@@ -118,13 +119,12 @@ class DECK(Hardening):
             Turn(
                 replace(generator, stepper=_stepper(rate), cost=cost, relative=relative),
                 memory=int(relative != self.relative[0]),
-                pairs_at_once=self.pairs_at_once,
             )
             for rate, cost, relative in zip(self.search_rates, self.costs, self.relative, strict=True)
         )
         kinds = len({turn.memory for turn in turns})
         others = (
-            Turn(_BESIDE[name](clean), memory=kinds + place, pairs_at_once=self.pairs_beside)
+            Turn(_BESIDE[name](clean), memory=kinds + place, universal=self.stamped_beside)
             for place, name in enumerate(self.beside)
         )
         return (*turns, *others)

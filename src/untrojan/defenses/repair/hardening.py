@@ -11,6 +11,7 @@ pair's images in the batch, labels kept. Triggers set out from those found for t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -74,11 +75,42 @@ def choose_pairs(promised: Tensor, count: int, explore: float, random: torch.Gen
     return chosen
 
 
-class PairStates:
-    """What hardening remembers of every ordered pair and one kind of trigger.
+class _Visits:
+    """Of one kind of trigger, what was searched for in which period.
 
     Each tensor is changed in place: the training loop saves them with its checkpoint.
     """
+
+    def __init__(self, a_period: int, periods: int) -> None:
+        self.left = torch.zeros((), dtype=torch.int64)
+        """Steps of the period."""
+        self.visits = torch.full((a_period * periods, 5), float("nan"), dtype=torch.float64)
+        """Source, target, step, size before and after; NaN for any source, and after where the last search
+        failed."""
+        self.visited, self.periods = torch.zeros(2, dtype=torch.int64)
+
+    def note(self, *seen: Tensor) -> None:
+        """The columns of :attr:`visits` for the period that ends."""
+        rows = torch.stack([each.double() for each in seen], 1)
+        first = int(self.visited)
+        self.visits[first : first + len(rows)] = rows
+        self.visited += len(rows)
+        self.periods += 1
+
+    def history(self) -> list[dict[str, float | None]]:
+        """One entry for each period and way."""
+        names = ("source", "target", "step", "before", "after")
+        return [
+            {
+                name: None if value != value else int(value) if name in names[:3] else value
+                for name, value in zip(names, visit, strict=True)
+            }
+            for visit in self.visits[: int(self.visited)].tolist()
+        ]
+
+
+class PairStates(_Visits):
+    """What hardening remembers of every ordered pair and one kind of trigger."""
 
     def __init__(
         self, gains: Tensor, sizes: Tensor, universal: Tensor, pairs_at_once: int, periods: int
@@ -86,9 +118,9 @@ class PairStates:
         """``gains`` is U, ``sizes`` the universal triggers', both (K, K), ``universal`` their parameters
         (K, ...); so many disjoint pairs are hardened in each of at most so many periods."""
         classes, hand = len(gains), 2 * min(pairs_at_once, len(gains) // 2)
+        super().__init__(hand, periods)
         self.gains, self.universal, self.sizes = gains, universal, sizes.clone()
         self.distances = sizes / sizes.max().clamp_min(1e-12)
-        self.left = torch.zeros((), dtype=torch.int64)
         self.pairs = torch.zeros(hand, 2, dtype=torch.int64)
         """The ordered pairs in hand: (s, t), (t, s), and so on."""
         self.solved, self.latest = torch.zeros(hand, dtype=torch.bool), torch.zeros(hand)
@@ -100,14 +132,11 @@ class PairStates:
         self.stored = torch.zeros(slots, *universal.shape[1:])
         self.stored_sizes = torch.zeros(slots)
         self.stored_count = torch.zeros((), dtype=torch.int64)
-        self.visits = torch.full((hand * periods, 5), float("nan"), dtype=torch.float64)
-        """Source, target, step, size before and after; NaN after where the last search failed."""
-        self.visited = torch.zeros((), dtype=torch.int64)
 
     @property
-    def period(self) -> int:
-        """How many periods lie behind."""
-        return int(self.visited) // len(self.pairs)
+    def succeeded(self) -> bool:
+        """Whether any search ever did."""
+        return int(self.stored_count) > 0
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
@@ -153,19 +182,50 @@ class PairStates:
         halfway = (self.distances[source, target] + (after - before) / before.clamp_min(1e-12)) / 2
         self.distances[source, target] = torch.where(self.solved, halfway, self.distances[source, target])
         self.sizes[source, target] = after
-        steps = torch.full((len(source),), step)
-        seen = [source, target, steps, before, after.where(self.solved, torch.nan)]
-        first = int(self.visited)
-        self.visits[first : first + len(source)] = torch.stack([each.double() for each in seen], 1)
-        self.visited += len(source)
+        self.note(source, target, torch.full_like(source, step), before, after.where(self.solved, torch.nan))
 
-    def history(self) -> list[dict[str, float | None]]:
-        """One entry for each period and way."""
-        return [
-            {"source": int(source), "target": int(target), "step": int(step), "before": before,
-             "after": None if after != after else after}
-            for source, target, step, before, after in self.visits[: int(self.visited)].tolist()
-        ]  # fmt: skip
+
+class UniversalStates(_Visits):
+    """What hardening remembers of one kind of trigger that is looked for anew in each period, into each class
+    from all others."""
+
+    def __init__(self, universal: Tensor, sizes: Tensor, periods: int) -> None:
+        """``universal`` (K, ...) are the warm-up's parameters, ``sizes`` (K,) theirs."""
+        super().__init__(len(universal), periods)
+        self.universal, self.sizes = universal.clone(), sizes.clone()
+        self.before, self.solved = sizes.clone(), torch.zeros(len(sizes), dtype=torch.bool)
+        self.succeeded_once = torch.zeros((), dtype=torch.bool)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether any search ever did."""
+        return bool(self.succeeded_once)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        return dict(vars(self))
+
+    def begin_period(self, found: Inversion, sizes: Tensor, steps: int) -> None:
+        """Take up what was found into each class."""
+        self.before.copy_(self.sizes)
+        for own, new in (
+            (self.universal, found.parameters),
+            (self.sizes, sizes),
+            (self.solved, found.solved),
+        ):
+            own.copy_(new)
+        self.succeeded_once |= found.solved.any()
+        self.left.fill_(steps)
+
+    def known(self, pairs: Tensor) -> Tensor:
+        """Parameters (A, ...) of the ordered ``pairs``: their target's trigger."""
+        return self.universal[pairs[:, 1]]
+
+    def close_period(self, step: int) -> None:
+        """Write down what was searched for."""
+        anyone, after = torch.full_like(self.sizes, torch.nan), self.sizes.where(self.solved, torch.nan)
+        targets = torch.arange(len(self.sizes))
+        self.note(anyone, targets, torch.full_like(targets, step), self.before, after)
 
 
 @dataclass(frozen=True)
@@ -174,9 +234,11 @@ class Turn:
 
     generator: Generator
     memory: int = 0
-    """Turns that share one set out from each other's triggers, so these must be of one kind, ..."""
-    pairs_at_once: int = 1
-    """... and of as many disjoint pairs."""
+    """Turns that share one set out from each other's triggers, so these must be of one kind."""
+    universal: float = 0.0
+    """Where it is not 0, triggers are searched for into each class from all others, anew in each period, in
+    place of pairs, and this share of all images gets them. What a backdoor answers to is found, not what it
+    was made with: one such trigger is not enough."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +302,7 @@ class Hardening:
 
     def by_turns(self, generator: Generator, clean: ImageSet) -> tuple[Turn, ...]:
         """Searches that take turns from period to period."""
-        return (Turn(generator, pairs_at_once=self.pairs_at_once),)
+        return (Turn(generator),)
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
         """Harden a copy of ``model`` with ``clean``, images known to be rightly labelled.
@@ -349,12 +411,11 @@ class Hardening:
         kind: int,
         periods: int,
         checkpoint: Path | None,
-    ) -> PairStates:
+    ) -> PairStates | UniversalStates:
         """Universal triggers for all classes at once, on ten images of each."""
         generator = turn.generator
         problem = generator.problem(self.seed)
         sample = some_of_each(clean, 10, self.seed, "warm-up")
-        pairs = torch.tensor([[ANY, target] for target in range(clean.num_classes)])
         number = f"-{kind}" if kind else ""
         place = (
             None
@@ -362,15 +423,22 @@ class Hardening:
             else checkpoint.with_name(f"universal{number}-{checkpoint.stem}.safetensors")
         )
         found = invert(
-            model, sample, pairs, problem, self.schedules(generator)[0], seed=self.seed, checkpoint=place,
-            description="inverting universal triggers",
+            model, sample, _from_any(clean), problem, self.schedules(generator)[0], seed=self.seed,
+            checkpoint=place, description="inverting universal triggers",
         )  # fmt: skip
+        if turn.universal:
+            return UniversalStates(found.parameters, problem.size(found.parameters), periods)
         gains, sizes = universal_effects(model, sample, generator, self.seed, found)
-        return PairStates(gains, sizes, found.parameters, turn.pairs_at_once, periods)
+        return PairStates(gains, sizes, found.parameters, self.pairs_at_once, periods)
 
 
 def _kinds(turns: tuple[Turn, ...]) -> int:
     return 1 + max(turn.memory for turn in turns)
+
+
+def _from_any(clean: ImageSet) -> Tensor:
+    """Pairs (K, 2) into each class from all others."""
+    return torch.tensor([[ANY, target] for target in range(clean.num_classes)])
 
 
 def _first_of(turns: tuple[Turn, ...], kind: int) -> Turn:
@@ -416,7 +484,7 @@ class Hardener:
         model: Classifier,
         clean: ImageSet,
         turns: tuple[Turn, ...],
-        memories: list[PairStates],
+        memories: Sequence[PairStates | UniversalStates],
     ) -> None:
         self.settings, self.model, self.clean = settings, model, clean
         self.given = frozen(model) if settings.taught or settings.pasted else model
@@ -449,7 +517,7 @@ class Hardener:
     @property
     def turn(self) -> int:
         """The place in ``turns`` of the one whose period it is."""
-        return sum(memory.period for memory in self.memories) % len(self.turns)
+        return sum(int(memory.periods) for memory in self.memories) % len(self.turns)
 
     @property
     def warm_up_steps(self) -> int:
@@ -472,7 +540,12 @@ class Hardener:
         if step < self.warm_up_steps:
             stamped = self._stamp_universal(images, labels, step, random)
         else:
-            stamped = self._stamp_pairs(images, labels, random)
+            memory, begins = self._in_turn()
+            stamped = (
+                self._stamp_pairs(memory, images, labels, begins, random)
+                if isinstance(memory, PairStates)
+                else self._stamp_anew(memory, images, labels, begins, random)
+            )
         self.step += 1
         return stamped, labels
 
@@ -515,7 +588,7 @@ class Hardener:
         """
         seen = self.history()
         failed = sum(visit["after"] is None for visit in seen)
-        if seen and not any(int(memory.stored_count) for memory in self.memories):
+        if seen and not any(memory.succeeded for memory in self.memories):
             raise UntrojanError(
                 f"nothing was hardened: none of {failed} searches made images of one class look like "
                 "another's; search longer (schedule=paper) or ask for less (flip_fraction=0.5)"
@@ -530,12 +603,42 @@ class Hardener:
         parameters = self.memories[kind].universal[target]
         return self._embedded(self.problems[kind], images, others[drawn], parameters)
 
-    def _stamp_pairs(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
-        states = self.memories[self.turns[self.turn].memory]
-        begins = int(states.left) == 0
-        if begins:
-            states = self._choose(states, random)
+    def _in_turn(self) -> tuple[PairStates | UniversalStates, bool]:
+        """The memory whose period it is, and whether it begins: then the one before is closed."""
+        memory = self.memories[self.turns[self.turn].memory]
+        begins = int(memory.left) == 0
+        if begins and int(self.step) > self.warm_up_steps:
+            memory.close_period(int(self.step))
+            memory = self.memories[self.turns[self.turn].memory]
+        return memory, begins
+
+    def _stamp_anew(
+        self, states: UniversalStates, images: Tensor, labels: Tensor, begins: bool, random: torch.Generator
+    ) -> Tensor:
+        """A share of the images gets a trigger, each into a class drawn for it."""
         turn = self.turns[self.turn]
+        if begins:
+            seed = self.settings.seed + int(self.step)
+            problem = turn.generator.problem(seed)
+            found = invert(
+                self.model, some_of_each(self.clean, 10, seed, "universal"), _from_any(self.clean), problem,
+                self.schedules[self.turn][1], seed=seed, description="inverting universal triggers",
+            )  # fmt: skip
+            states.begin_period(found, problem.size(found.parameters), self.settings.period)
+        states.left -= 1
+        drawn = torch.randperm(len(labels), generator=random)
+        rows = drawn[: int(turn.universal * len(labels))]
+        out = self._led_astray(images, labels, rows, [turn.memory], random)
+        left = torch.ones(len(labels), dtype=torch.bool)
+        left[rows] = False
+        return self._replay(out, labels, left, random)
+
+    def _stamp_pairs(
+        self, states: PairStates, images: Tensor, labels: Tensor, begins: bool, random: torch.Generator
+    ) -> Tensor:
+        turn = self.turns[self.turn]
+        if begins:
+            self._choose(states, random)
         problem = self.problems[turn.memory]
         # A way that failed has to be looked for again from afar.
         _, first, later = self.schedules[self.turn]
@@ -557,36 +660,38 @@ class Hardener:
         return self._replay(images, labels, ~stamped, random)
 
     def _replay(self, images: Tensor, labels: Tensor, left: Tensor, random: torch.Generator) -> Tensor:
-        """A share of the images that are ``left`` with earlier triggers, each into a class drawn for it."""
+        """A share of the images that are ``left`` with earlier triggers of all kinds."""
         rows = left.nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=random)[: int(self.settings.replayed * len(rows))]]
+        return self._led_astray(images, labels, rows, range(len(self.memories)), random)
+
+    def _led_astray(
+        self, images: Tensor, labels: Tensor, rows: Tensor, kinds: Sequence[int], random: torch.Generator
+    ) -> Tensor:
+        """``rows`` of the images with triggers of these kinds by turns, each into a class drawn for it."""
         if not len(rows):
             return images
         sources, classes = labels.cpu()[rows], self.clean.num_classes
         targets = (sources + torch.randint(1, classes, (len(rows),), generator=random)) % classes
         pairs, out = torch.stack([sources, targets], 1), images.clone()
-        for kind, memory in enumerate(self.memories):
-            mine, their_pairs = rows[kind :: len(self.memories)], pairs[kind :: len(self.memories)]
-            for place, part in zip(
+        for place, kind in enumerate(kinds):
+            mine, their_pairs = rows[place :: len(kinds)], pairs[place :: len(kinds)]
+            memory = self.memories[kind]
+            for some, part in zip(
                 mine.split(REPLAYED_AT_ONCE), their_pairs.split(REPLAYED_AT_ONCE), strict=True
             ):
-                place = place.to(images.device)
+                some = some.to(images.device)
                 parameters = memory.known(part).to(images.device)
                 with torch.no_grad():
-                    out[place] = self.problems[kind].embed(parameters, images[place, None])[:, 0]
+                    out[some] = self.problems[kind].embed(parameters, images[some, None])[:, 0]
         return out
 
-    def _choose(self, before: PairStates, random: torch.Generator) -> PairStates:
-        """Close the period of ``before``, where there was one, and begin the next one's turn."""
+    def _choose(self, states: PairStates, random: torch.Generator) -> None:
+        """The pairs of the period that begins."""
         settings, main_steps = self.settings, int(self.step) - self.warm_up_steps
-        if main_steps:
-            before.close_period(int(self.step))
-        turn = self.turns[self.turn]
-        states = self.memories[turn.memory]
         promised = promise(states.gains, states.distances, min(main_steps / RAMP, 1.0))
-        chosen = choose_pairs(promised, turn.pairs_at_once, settings.explore, random)
+        chosen = choose_pairs(promised, settings.pairs_at_once, settings.explore, random)
         states.begin_period(chosen, settings.period)
-        return states
 
     def _images_of(
         self, pairs: Tensor, images: Tensor, labels: Tensor, random: torch.Generator
