@@ -15,16 +15,10 @@ from torch import Tensor, nn
 from untrojan.data.augment import collage
 from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
-from untrojan.defenses.repair import hardening
+from untrojan.defenses.repair import hardening, hardening_memory
 from untrojan.defenses.repair.deck import DECK
-from untrojan.defenses.repair.hardening import (
-    Hardener,
-    PairStates,
-    Turn,
-    UniversalStates,
-    choose_pairs,
-    promise,
-)
+from untrojan.defenses.repair.hardening import Hardener, Turn
+from untrojan.defenses.repair.hardening_memory import PairStates, UniversalStates, choose_pairs, promise
 from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.defenses.scanning.class_distance import class_distances, schedule_of
@@ -126,7 +120,7 @@ def test_a_period_moves_distances_halfway_to_the_relative_change() -> None:
 
 
 def test_only_so_many_triggers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardening, "STORED_NUMBERS", 4)
+    monkeypatch.setattr(hardening_memory, "STORED_NUMBERS", 4)
     states = states_of()
     assert len(states.stored) == 2
     for pair in ([0, 1], [2, 3]):
