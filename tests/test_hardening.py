@@ -558,9 +558,9 @@ def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
     assert isinstance(deck, DECK)
     turns = deck.by_turns(deck.generator(model, clean), clean)
     # What a user gets who asks for nothing.
-    kinds = [FeatureGenerator, FeatureGenerator, WarpGenerator, FilterGenerator]
+    kinds = [FeatureGenerator, FeatureGenerator, WarpGenerator, FilterGenerator, MaskGenerator]
     assert [type(turn.generator) for turn in turns] == kinds
-    assert [turn.universal for turn in turns] == [0, 0, 0.3, 0.3]
+    assert [turn.universal for turn in turns] == [0, 0, 0.3, 0.3, 0.3]
     report = deck(model, clean)
     assert report.history["searches"]["made"] > report.history["searches"]["failed"]
     sizes = [visit["after"] for visit in report.history["visits"] if visit["after"] is not None]

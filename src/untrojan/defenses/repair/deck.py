@@ -43,7 +43,7 @@ class DECK(Hardening):
     D is the features' mean squared change. The paper searches for changes of features alone and trains with
     the labels alone. That left most of a strong WaNet and much of Invisible, so by default there are three
     things besides that are ours: every other of those searches sets out from the images themselves
-    (``relative``), warpings and filters are searched for as well (``beside``), and what the given model says
+    (``relative``), warpings, filters and patches are searched for as well (``beside``), and what the given model says
     of images without triggers is taught (``taught``, ``pasted``). ``relative=(False, False)``, ``beside=()``,
     ``taught=0``, ``pasted=0`` and ``learning_rate=2e-3`` leave them out.
 
@@ -78,6 +78,7 @@ class DECK(Hardening):
     beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = (
         "warping",
         "filter",
+        "mask",
     )
     """Further searches that take their turns after those: for a smooth warping, for ABS's filter, for MOTH's
     patch, for a pattern that is added. They take a tenth of the time that features' do, so each looks for
@@ -89,8 +90,8 @@ class DECK(Hardening):
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
     averaging: Annotated[float, Interval(ge=0, lt=1)] = 0.95
     taught: Annotated[float, Interval(ge=0, le=1)] = 0.8
-    pasted: Annotated[float, Ge(0)] = 0.5
-    """Without it hardening costs up to a point more."""
+    pasted: Annotated[float, Ge(0)] = 1.0
+    """The less, the more accuracy hardening costs."""
     learning_rate: Annotated[float, Gt(0)] = 3e-2
     """Thirty times that of MOTH's code: at less, warpings outlast hardening. It takes what is taught besides
     the labels to bear it."""
