@@ -72,7 +72,7 @@ METHODS: Mapping[str, tuple[str, str]] = {
     "deck": (
         "hardening against pervasive backdoors (DECK)",
         "It is trained on images that were changed all over so that one class looks like another, in their "
-        "features, by a warping or by a filter, rightly labelled, so that larger changes are needed.",
+        "features, by a warping, a filter or a patch, rightly labelled, so that larger changes are needed.",
     ),
 }
 """Methods in words, and what each does to the model."""

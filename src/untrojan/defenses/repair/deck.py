@@ -43,13 +43,12 @@ class DECK(Hardening):
     D is the features' mean squared change. The paper searches for changes of features alone and trains with
     the labels alone. That left most of a strong WaNet and much of Invisible, so by default there are three
     things besides that are ours: every other of those searches sets out from the images themselves
-    (``relative``), warpings, filters and patches are searched for as well (``beside``), and what the given model says
-    of images without triggers is taught (``taught``, ``pasted``). ``relative=(False, False)``, ``beside=()``,
-    ``taught=0``, ``pasted=0`` and ``learning_rate=2e-3`` leave them out.
+    (``relative``); warpings, filters and patches are searched for as well (``beside``); and what the given
+    model says of images without triggers is taught (``taught``, ``pasted``). ``relative=(False, False)``,
+    ``beside=()``, ``taught=0``, ``pasted=0`` and ``learning_rate=2e-3`` leave them out.
 
-    Raises UntrojanError, besides, where the encoder is not to be had
-    or no good enough decoder for it can be trained on the clean images, and where there are not as many
-    search rates as costs.
+    Raises UntrojanError, besides, where the encoder is not to be had or no good enough decoder for it can be
+    trained on the clean images, and where there are not as many search rates as costs.
     """
 
     stamped: Annotated[float, Interval(gt=0, le=1)] = 0.5
