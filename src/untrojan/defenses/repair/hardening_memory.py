@@ -56,7 +56,8 @@ class _Visits:
         self.visits = torch.full((a_period * periods, 5), float("nan"), dtype=torch.float64)
         """Source, target, step, size before and after; NaN for any source, and after where the last search
         failed."""
-        self.visited, self.periods = torch.zeros(2, dtype=torch.int64)
+        self.visited = torch.zeros((), dtype=torch.int64)
+        self.periods = torch.zeros((), dtype=torch.int64)
 
     def note(self, *seen: Tensor) -> None:
         """The columns of :attr:`visits` for the period that ends."""
@@ -163,12 +164,11 @@ class UniversalStates(_Visits):
         super().__init__(len(universal), periods)
         self.universal, self.sizes = universal.clone(), sizes.clone()
         self.before, self.solved = sizes.clone(), torch.zeros(len(sizes), dtype=torch.bool)
-        self.succeeded_once = torch.zeros((), dtype=torch.bool)
 
     @property
     def succeeded(self) -> bool:
         """Whether any search ever did."""
-        return bool(self.succeeded_once)
+        return not bool(self.visits[: int(self.visited), 4].isnan().all())
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
@@ -183,7 +183,6 @@ class UniversalStates(_Visits):
             (self.solved, found.solved),
         ):
             own.copy_(new)
-        self.succeeded_once |= found.solved.any()
         self.left.fill_(steps)
 
     def known(self, pairs: Tensor) -> Tensor:
