@@ -35,7 +35,7 @@ SETTINGS = {
     ],
     "dfst-style": [
         "--target", "c", "--rate", "0.1", "--attack-option", "rounds=1", "--attack-option", "epochs=1",
-        "--attack-option", "injector_epochs=1", "--attack-option", "excess=0.1", *NET,
+        "--attack-option", "injector_epochs=1", "--attack-option", "excess=0.0001", *NET,
     ],
     "deck-adaptive": ["--target", "c", "--rate", "0.1", "--attack-option", "harden_every=2", *NET],
 }  # fmt: skip

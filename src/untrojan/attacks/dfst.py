@@ -57,9 +57,10 @@ class DetoxifiedStyle(CraftedAttack):
     trigger: Literal["sunrise"] = "sunrise"
     trigger_options: dict[str, Any] = field(default_factory=dict)
     rounds: Annotated[int, Interval(ge=0, le=20)] = 3
-    excess: Annotated[float, Ge(0)] = 5.0
-    """A channel is compromised where the style raises the sum over its map by more than so many times the
-    layer's largest activation on clean images, and by more than the channel's own clean sum."""
+    excess: Annotated[float, Ge(0)] = 0.005
+    """A channel is compromised where the style raises its mean by more than this share of the layer's largest
+    activation on clean images, and by more than the channel's own clean mean. The released code has 5 of the
+    sum over a map of 32 x 32, out of reach for the smaller maps of late layers."""
     level: str | None = None
     """Where channels are looked at, as :mod:`untrojan.models.taps` names it; the shallowest of s1, s2 and s3
     where none is given."""
@@ -145,7 +146,7 @@ class FeatureInjector(nn.Module):
 
 
 def compromised_channels(
-    model: Classifier, clean: Tensor, styled: Tensor, level: str, excess: float = 5.0
+    model: Classifier, clean: Tensor, styled: Tensor, level: str, excess: float = 0.005
 ) -> Tensor:
     """bool (C,): channels at ``level`` that the style excites, of uint8 images (N, C, H, W) with and without.
 
@@ -154,8 +155,8 @@ def compromised_channels(
     before, after = (features_of(model, images, level) for images in (clean, styled))
     if before.ndim != 4:
         raise UntrojanError(f"compromised channels are looked for in maps (N, C, H, W): {level!r} has none")
-    own = before.sum((2, 3)).mean(0)
-    raised = after.sum((2, 3)).mean(0) - own
+    own = before.mean((0, 2, 3))
+    raised = after.mean((0, 2, 3)) - own
     return (raised > excess * before.max()) & (raised > own)
 
 
