@@ -230,9 +230,9 @@ class Hardening:
         checkpoint: Path | None,
     ) -> PairStates | UniversalStates:
         """Universal triggers for all classes at once, on ten images of each."""
-        generator = turn.generator
-        problem = generator.problem(self.seed)
-        sample = some_of_each(clean, 10, self.seed, "warm-up")
+        generator, seed = turn.generator, self.seed + kind
+        problem = generator.problem(seed)
+        sample = some_of_each(clean, 10, seed, "warm-up")
         number = f"-{kind}" if kind else ""
         place = (
             None
@@ -240,12 +240,12 @@ class Hardening:
             else checkpoint.with_name(f"universal{number}-{checkpoint.stem}.safetensors")
         )
         found = invert(
-            model, sample, _from_any(clean), problem, self.schedules(generator)[0], seed=self.seed,
+            model, sample, _from_any(clean), problem, self.schedules(generator)[0], seed=seed,
             checkpoint=place, description="inverting universal triggers",
         )  # fmt: skip
         if turn.universal:
             return UniversalStates(found.parameters, problem.size(found.parameters), periods)
-        gains, sizes = universal_effects(model, sample, generator, self.seed, found)
+        gains, sizes = universal_effects(model, sample, generator, seed, found)
         return PairStates(gains, sizes, found.parameters, self.pairs_at_once, periods)
 
 
