@@ -203,7 +203,8 @@ def test_float_images_are_refused() -> None:
 @given(st.integers(2, 5), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))
 def test_a_collage_has_one_rectangle_of_somebody_else(count: int, height: int, width: int, seed: int) -> None:
     images = torch.arange(count)[:, None, None, None].expand(-1, 3, height, width).clone()
-    out = collage(images, generator(seed, "collage"))
+    out, others = collage(images, generator(seed, "collage"))
+    assert bool((others != torch.arange(count)).all())
     assert out.shape == images.shape
     foreign = out != images
     # The same places in every image and channel, and all of them one rectangle from one other image.
@@ -212,17 +213,19 @@ def test_a_collage_has_one_rectangle_of_somebody_else(count: int, height: int, w
     if len(where):
         spans = where.amax(0) - where.amin(0) + 1
         assert int(spans.prod()) == len(where)
-    for image, alien in zip(out, foreign, strict=True):
-        assert len(image[alien].unique()) <= 1
+    for image, alien, other in zip(out, foreign, others.tolist(), strict=True):
+        assert image[alien].unique().tolist() == [other][: int(alien.any())]
 
 
 def test_collages_are_of_any_size_and_the_same_for_the_same_seed() -> None:
     images = random_images(6, 3, 32, 32)
     draw = generator(0, "collage")
-    shares = torch.stack([(collage(images, draw) != images).any(1)[0].float().mean() for _ in range(300)])
+    shares = torch.stack([(collage(images, draw)[0] != images).any(1)[0].float().mean() for _ in range(300)])
     assert 0.4 < float(shares.mean()) < 0.55
     assert float(shares.min()) < 0.1
     assert float(shares.max()) > 0.8
-    first, second = (collage(images, generator(3, "collage")) for _ in range(2))
+    first, second = (collage(images, generator(3, "collage"))[0] for _ in range(2))
     assert torch.equal(first, second)
-    assert torch.equal(collage(images[:1], draw), images[:1])
+    alone, others = collage(images[:1], draw)
+    assert torch.equal(alone, images[:1])
+    assert others.tolist() == [0]

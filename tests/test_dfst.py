@@ -115,7 +115,7 @@ def test_compromised_is_what_the_style_excites_and_nothing_else(side):
     styled = clean.clone()
     # From .2, the largest activation: the first channel rises by .6, the second by .1, the third falls.
     styled[:, 0], styled[:, 1], styled[:, 2] = 204, 76, 0
-    found = [compromised_channels(model, clean, styled, "network.1", excess).tolist() for excess in (0.005, 4)]
+    found = [compromised_channels(model, clean, styled, "network.1", least).tolist() for least in (0.005, 4)]
     assert found == [[True, False, False], [False, False, False]]
     with pytest.raises(UntrojanError, match="has none"):
         compromised_channels(model, clean, styled, "penultimate")

@@ -409,32 +409,60 @@ def test_the_given_model_teaches_what_it_says_of_images_without_triggers(
     learning = copy.deepcopy(model)
     states = PairStates(torch.zeros(4, 4), torch.ones(4, 4), torch.zeros(4, 1), pairs_at_once=1, periods=9)
     turns = (Turn(_Paint()),)  # type: ignore[arg-type]
-    hardener = Hardener(replace(QUICK, taught=0.75), learning, clean, turns, [states])
-    images, labels, rows = to_float(clean.images[:40]), clean.labels[:40], torch.arange(40)
+    images, labels, rows = to_float(clean.images[:40]), clean.labels[:40].clone(), torch.arange(40)
+    # Two images are not what the model takes them for: of these it teaches nothing.
+    with torch.no_grad():
+        labels[:2] = (model.eval()(images[:2]).argmax(1) + 1) % 4
     monkeypatch.setattr(Hardener, "_stamp_universal", lambda _, images, *rest: images / 2)
+    hardener = Hardener(replace(QUICK, taught=0.75), learning, clean, turns, [states])
     with torch.no_grad():
         # What is taught is of the model that was given, whatever has become of it.
         learning.network[-1].bias += torch.tensor([1.0, 0, 0, 0])  # type: ignore[index, union-attr, operator]
         stamped, _ = hardener(images, labels, rows, torch.Generator())
         assert torch.equal(stamped, images / 2)
         value, logits = hardener.loss(learning, stamped, labels, rows)
-        given = model.eval()(images).softmax(1)
+        given = model(images).softmax(1)
     torch.testing.assert_close(logits, learning(stamped).detach())
-    apart = (given * (given.log() - logits.log_softmax(1))).sum(1).mean()
-    picked = -logits.log_softmax(1)[rows, labels].mean()
-    assert float(apart) > 0.01
-    torch.testing.assert_close(value, 0.25 * picked + 0.75 * apart, rtol=1e-4, atol=1e-5)
+    right = given.argmax(1) == labels
+    assert not bool(right[:2].any())
+    assert bool(right[2:].any())
+    apart = (given * (given.log() - logits.log_softmax(1))).sum(1)
+    picked = -logits.log_softmax(1)[rows, labels]
+    assert float(apart.mean()) > 0.01
+    mixed = torch.where(right, 0.25 * picked + 0.75 * apart, picked)
+    torch.testing.assert_close(value, mixed.mean(), rtol=1e-4, atol=1e-5)
     hardener.settings = QUICK
-    torch.testing.assert_close(hardener.loss(learning, stamped, labels, rows)[0].detach(), picked)
-    # Pasted images are a lesson of their own: none has a trigger, and the labels say nothing of them.
-    hardener.settings = replace(QUICK, pasted=0.5)
+    torch.testing.assert_close(hardener.loss(learning, stamped, labels, rows)[0].detach(), picked.mean())
+
+
+def test_collages_are_a_lesson_of_their_own_where_they_are_taken_for_either_image(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    learning = copy.deepcopy(model)
+    states = PairStates(torch.zeros(4, 4), torch.ones(4, 4), torch.zeros(4, 1), pairs_at_once=1, periods=9)
+    turns = (Turn(_Paint()),)  # type: ignore[arg-type]
+    images, rows = to_float(clean.images[:40]), torch.arange(40)
+    wanted, others = collage(images, torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        said = model.eval()(wanted).softmax(1)
+    # Labels by turns such that a collage is taken for itself, for the other or for neither.
+    labels = (said.argmax(1) + (rows % 3 > 0)) % 4
+    monkeypatch.setattr(Hardener, "_stamp_universal", lambda _, images, *rest: images / 2)
+    hardener = Hardener(replace(QUICK, pasted=0.5), learning, clean, turns, [states])
+    with torch.no_grad():
+        learning.network[-1].bias += torch.tensor([1.0, 0, 0, 0])  # type: ignore[index, union-attr, operator]
     stamped, _ = hardener(images, labels, rows, torch.Generator().manual_seed(4))
-    assert torch.equal(hardener.pasted, collage(images, torch.Generator().manual_seed(4)))
+    assert torch.equal(hardener.pasted, wanted)
     value, logits = hardener.loss(learning, stamped, labels, rows)
     torch.testing.assert_close(logits, learning(stamped))
     with torch.no_grad():
-        given, now = model(hardener.pasted).softmax(1), learning(hardener.pasted).log_softmax(1)
-    apart = (given * (given.log() - now)).sum(1).mean()
+        now = learning(wanted).log_softmax(1)
+    own, other = (said.argmax(1) == these for these in (labels, labels[others]))
+    assert 0 < int((own | other).sum()) < 40
+    assert bool((other & ~own).any())
+    apart = ((said * (said.log() - now)).sum(1) * (own | other)).mean()
+    picked = -logits.log_softmax(1)[rows, labels].mean()
     torch.testing.assert_close(value, picked + 0.5 * apart, rtol=1e-4, atol=1e-5)
 
 

@@ -87,8 +87,8 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def collage(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image with a rectangle of another of the batch in place of its own.
+def collage(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each image with a rectangle of another of the batch in place of its own, and which other, int64 (N,).
 
     (N, C, H, W) of any type, same shape and type out. The rectangle is the same in all images; its area is
     drawn uniformly between none and all of the image's, and it has the image's proportions (Yun et al.,
@@ -97,16 +97,17 @@ def collage(images: Tensor, generator: torch.Generator) -> Tensor:
     """
     count, (height, width) = len(images), images.shape[-2:]
     if count < 2:
-        return images.clone()
+        return images.clone(), torch.arange(count, device=images.device)
     drawn = torch.rand(3, generator=generator).tolist()
     tall, wide = (int(drawn[0] ** 0.5 * side) for side in (height, width))
     top, left = int(drawn[1] * (height - tall + 1)), int(drawn[2] * (width - wide + 1))
     places = slice(top, top + tall), slice(left, left + wide)
     order = torch.randperm(count, generator=generator).to(images.device)
-    out = images.clone()
+    out, others = images.clone(), torch.empty_like(order)
     # Whoever comes next in a random circle is somebody else.
-    out[order, :, *places] = images[order.roll(1), :, *places]
-    return out
+    others[order] = order.roll(1)
+    out[:, :, *places] = images[others][:, :, *places]
+    return out, others
 
 
 def _check(images: Tensor, crop_padding: int, rotation: float) -> None:

@@ -32,8 +32,8 @@ class SmoothWarp:
     """k, as WaNet's."""
     seed: int = 0
     start: float = 1.0
-    """Standard deviation of the displacements to begin with, in pixels. From farther away searches end in more
-    different warpings."""
+    """Standard deviation of the displacements to begin with, in pixels. From farther away searches end in
+    more different warpings."""
     both_sides: ClassVar[bool] = False
 
     def initial(self, pairs: Tensor, image_shape: tuple[int, int, int]) -> Tensor:

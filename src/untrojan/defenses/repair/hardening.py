@@ -12,7 +12,7 @@ pair's images in the batch, labels kept. Triggers set out from those found for t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -86,10 +86,12 @@ class Hardening:
     taught: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Weight, in the loss, of the Kullback-Leibler divergence from what the given model says of the images
     before they get triggers; the rest is the labels' cross-entropy. Few images teach less than the model
-    knows, so that a higher rate of training can be borne. Ours."""
+    knows, so that a higher rate of training can be borne. Of images that it takes for another class the model
+    teaches nothing: that may be its backdoor speaking. Ours."""
     pasted: Annotated[float, Ge(0)] = 0.0
     """Weight, beside all that, of the same divergence for images without triggers that have a rectangle of
-    another one pasted in: few images in many combinations teach more of what the model knows. Ours."""
+    another one pasted in: few images in many combinations teach more of what the model knows. What it takes
+    for neither image's class teaches nothing. Ours."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -289,6 +291,29 @@ def universal_effects(
     return gains.fill_diagonal_(0), sizes.fill_diagonal_(0)
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model says of N images."""
+
+    log_probabilities: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    """(N, K)."""
+    trusted: Tensor = field(default_factory=lambda: torch.empty(0))
+    """float (N,): 1 where the likeliest class is one that the image may be taken for, and 0 elsewhere."""
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: Classifier, images: Tensor, *labels: Tensor) -> Answers:
+        """Each image may be taken for any of its ``labels``, int64 (N,) each."""
+        said = model(images).log_softmax(1)
+        likeliest = said.argmax(1)
+        return Answers(said, torch.stack([likeliest == right for right in labels]).any(0).float())
+
+    def apart(self, logits: Tensor) -> Tensor:
+        """Kullback-Leibler divergence (N,) of what is said now, (N, K), from these."""
+        each = F.kl_div(logits.log_softmax(1), self.log_probabilities, log_target=True, reduction="none")
+        return each.sum(1)
+
+
 class Hardener:
     """What happens to each batch: an :data:`~untrojan.training.loop.AugmentedTransform`.
 
@@ -305,9 +330,9 @@ class Hardener:
     ) -> None:
         self.settings, self.model, self.clean = settings, model, clean
         self.given = frozen(model) if settings.taught or settings.pasted else model
-        self.answers = torch.empty(0)
-        """The given model's log-probabilities for the batch in hand, ..."""
-        self.pasted, self.pasted_answers = torch.empty(0), torch.empty(0)
+        self.answers = Answers()
+        """The given model's for the batch in hand, ..."""
+        self.pasted, self.pasted_answers = torch.empty(0), Answers()
         """... the batch with rectangles pasted in, and those for it."""
         self.turns, self.memories = turns, memories
         self.step = torch.zeros((), dtype=torch.int64)
@@ -346,12 +371,10 @@ class Hardener:
         step = int(self.step)
         self._remember()
         if self.settings.taught:
-            with torch.no_grad():
-                self.answers = self.given(images).log_softmax(1)
+            self.answers = Answers.of(self.given, images, labels)
         if self.settings.pasted:
-            self.pasted = collage(images, random)
-            with torch.no_grad():
-                self.pasted_answers = self.given(self.pasted).log_softmax(1)
+            self.pasted, others = collage(images, random)
+            self.pasted_answers = Answers.of(self.given, self.pasted, labels, labels[others])
         if self.settings.adversarial is not None:
             images = self.settings.adversarial(frozen(self.model), images, labels, random)
         if step < self.warm_up_steps:
@@ -373,12 +396,14 @@ class Hardener:
         taught, pasted = self.settings.taught, self.settings.pasted
         seen = model(torch.cat([images, self.pasted]) if pasted else images)
         logits = seen[: len(images)]
-        value = F.cross_entropy(logits, labels)
+        each = F.cross_entropy(logits, labels, reduction="none")
         if taught:
-            value = (1 - taught) * value + taught * _apart(self.answers, logits)
+            weights = taught * self.answers.trusted
+            each = (1 - weights) * each + weights * self.answers.apart(logits)
         if pasted:
-            value = value + pasted * _apart(self.pasted_answers, seen[len(images) :])
-        return value, logits
+            answers = self.pasted_answers
+            each = each + pasted * answers.trusted * answers.apart(seen[len(images) :])
+        return each.mean(), logits
 
     def _remember(self) -> None:
         now, decay = self.model.state_dict(), self.settings.averaging
@@ -550,11 +575,6 @@ class Hardener:
         out = images.clone()
         out[rows] = problem.embed(parameters[None].to(images.device), images[rows][None])[0]
         return out
-
-
-def _apart(answers: Tensor, logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of what is said now from ``answers``, log-probabilities, (N, K) both."""
-    return F.kl_div(logits.log_softmax(1), answers, log_target=True, reduction="batchmean")
 
 
 def _as_set(images: Tensor, labels: Tensor, like: ImageSet) -> ImageSet:
