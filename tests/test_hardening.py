@@ -586,9 +586,12 @@ def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
     assert isinstance(deck, DECK)
     turns = deck.by_turns(deck.generator(model, clean), clean)
     # What a user gets who asks for nothing.
-    kinds = [FeatureGenerator, FeatureGenerator, WarpGenerator, FilterGenerator, MaskGenerator]
-    assert [type(turn.generator) for turn in turns] == kinds
-    assert [turn.universal for turn in turns] == [0, 0, 0.3, 0.3, 0.3]
+    beside = [WarpGenerator, FilterGenerator, WarpGenerator, MaskGenerator, WarpGenerator]
+    assert [type(turn.generator) for turn in turns] == [FeatureGenerator, FeatureGenerator, *beside]
+    assert [turn.universal for turn in turns] == [0, 0, *5 * [0.3]]
+    # A kind that is named more than once is not searched for from the same place.
+    memories = deck.hardener(model, clean, 60).memories
+    assert not torch.equal(memories[2].universal, memories[4].universal)
     report = deck(model, clean)
     assert report.history["searches"]["made"] > report.history["searches"]["failed"]
     sizes = [visit["after"] for visit in report.history["visits"] if visit["after"] is not None]

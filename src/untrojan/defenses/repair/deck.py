@@ -77,19 +77,22 @@ class DECK(Hardening):
     beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = (
         "warping",
         "filter",
+        "warping",
         "mask",
+        "warping",
     )
     """Further searches that take their turns after those: for a smooth warping, for ABS's filter, for MOTH's
     patch, for a pattern that is added. They take a tenth of the time that features' do, so each looks for
-    universal triggers, anew in every period. Ours."""
+    universal triggers, anew in every period. What is named more than once has as many memories: a backdoor
+    answers to many warpings, and unlearning some leaves others. Ours."""
     stamped_beside: Annotated[float, Interval(gt=0, le=1)] = 0.3
     """Share of the batch's images that get those."""
-    steps: Annotated[int, Ge(1)] = 100
+    steps: Annotated[int, Ge(1)] = 120
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """The more, the sooner strong patterns are gone, and the more accuracy it costs."""
     averaging: Annotated[float, Interval(ge=0, lt=1)] = 0.95
     taught: Annotated[float, Interval(ge=0, le=1)] = 0.8
-    pasted: Annotated[float, Ge(0)] = 1.0
+    pasted: Annotated[float, Ge(0)] = 3.0
     """The less, the more accuracy hardening costs."""
     learning_rate: Annotated[float, Gt(0)] = 3e-2
     """Thirty times that of MOTH's code: at less, warpings outlast hardening. It takes what is taught besides
