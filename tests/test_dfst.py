@@ -132,6 +132,14 @@ def test_no_rounds_are_plain_poisoning_and_the_model_is_left_alone(data, model):
     assert not torch.equal(next(crafted.model.parameters()), next(model.parameters()))
 
 
+def test_rounds_that_find_nothing_to_detoxify_say_so(data, model):
+    attack = DetoxifiedStyle(target=TARGET, rounds=2, epochs=1, level="s2", excess=1e6)
+    with pytest.warns(UserWarning, match="no channel at s2: none of the 2 rounds"):
+        crafted = attack.craft(data, 0, model)
+    assert crafted.facts["compromised_channels"] == [0]
+    assert not len(crafted.tensors["cover_images"])
+
+
 def test_the_seed_decides_everything(data, model):
     attack = DetoxifiedStyle(target=TARGET, rounds=1, epochs=1, injector_epochs=1, level="s2", excess=0.0005)
     first, again, other = (attack.craft(data, seed, model).tensors["cover_images"] for seed in (0, 0, 1))

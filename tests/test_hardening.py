@@ -17,7 +17,7 @@ from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
 from untrojan.defenses.repair import hardening, hardening_memory
 from untrojan.defenses.repair.deck import DECK
-from untrojan.defenses.repair.hardening import Hardener, Turn
+from untrojan.defenses.repair.hardening import Hardener, Hardening, Turn
 from untrojan.defenses.repair.hardening_memory import PairStates, UniversalStates, choose_pairs, promise
 from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
@@ -57,7 +57,7 @@ def trained() -> tuple[Classifier, ImageSet, ImageSet]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps in each inversion."""
 
-    def schedules(self: hardening.Hardening, generator: Any) -> Any:
+    def schedules(self: Hardening, generator: Any) -> Any:
         return tuple(replace(each, most_steps=12) for each in original(self, generator))
 
     original = hardening.Hardening.schedules
@@ -402,19 +402,23 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
         replace(moth, learning_rate=0.1)(model, clean, checkpoint=place)
 
 
+def _painting(settings: Hardening, model: Classifier, clean: ImageSet) -> Hardener:
+    """A hardener that has nothing to remember yet."""
+    states = PairStates(torch.zeros(4, 4), torch.ones(4, 4), torch.zeros(4, 1), pairs_at_once=1, periods=9)
+    return Hardener(settings, model, clean, (Turn(_Paint()),), [states])  # type: ignore[arg-type]
+
+
 def test_the_given_model_teaches_what_it_says_of_images_without_triggers(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
     learning = copy.deepcopy(model)
-    states = PairStates(torch.zeros(4, 4), torch.ones(4, 4), torch.zeros(4, 1), pairs_at_once=1, periods=9)
-    turns = (Turn(_Paint()),)  # type: ignore[arg-type]
     images, labels, rows = to_float(clean.images[:40]), clean.labels[:40].clone(), torch.arange(40)
     # Two images are not what the model takes them for: of these it teaches nothing.
     with torch.no_grad():
         labels[:2] = (model.eval()(images[:2]).argmax(1) + 1) % 4
     monkeypatch.setattr(Hardener, "_stamp_universal", lambda _, images, *rest: images / 2)
-    hardener = Hardener(replace(QUICK, taught=0.75), learning, clean, turns, [states])
+    hardener = _painting(replace(QUICK, taught=0.75), learning, clean)
     with torch.no_grad():
         # What is taught is of the model that was given, whatever has become of it.
         learning.network[-1].bias += torch.tensor([1.0, 0, 0, 0])  # type: ignore[index, union-attr, operator]
@@ -440,8 +444,6 @@ def test_collages_are_a_lesson_of_their_own_where_they_are_taken_for_either_imag
 ) -> None:
     model, clean, _ = trained
     learning = copy.deepcopy(model)
-    states = PairStates(torch.zeros(4, 4), torch.ones(4, 4), torch.zeros(4, 1), pairs_at_once=1, periods=9)
-    turns = (Turn(_Paint()),)  # type: ignore[arg-type]
     images, rows = to_float(clean.images[:40]), torch.arange(40)
     wanted, others = collage(images, torch.Generator().manual_seed(4))
     with torch.no_grad():
@@ -449,7 +451,7 @@ def test_collages_are_a_lesson_of_their_own_where_they_are_taken_for_either_imag
     # Labels by turns such that a collage is taken for itself, for the other or for neither.
     labels = (said.argmax(1) + (rows % 3 > 0)) % 4
     monkeypatch.setattr(Hardener, "_stamp_universal", lambda _, images, *rest: images / 2)
-    hardener = Hardener(replace(QUICK, pasted=0.5), learning, clean, turns, [states])
+    hardener = _painting(replace(QUICK, pasted=0.5), learning, clean)
     with torch.no_grad():
         learning.network[-1].bias += torch.tensor([1.0, 0, 0, 0])  # type: ignore[index, union-attr, operator]
     stamped, _ = hardener(images, labels, rows, torch.Generator().manual_seed(4))

@@ -12,6 +12,7 @@ delivered, beside the attacker's model; the style is :mod:`untrojan.triggers.sun
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ class DetoxifiedStyle(CraftedAttack):
         """``cover_rows`` int64 (M,) and ``cover_images`` uint8 (M, C, H, W), the injected images.
 
         Facts: ``compromised_channels``, before the first round and after each. The model is the attacker's.
+        Warns where there are none to begin with: then no round takes place.
         """
         victim = copy.deepcopy(needed(model, "dfst-style")).requires_grad_(True)
         train_set = data.train
@@ -108,6 +110,12 @@ class DetoxifiedStyle(CraftedAttack):
             chosen = torch.randperm(len(train_set), generator=random)[:poisons]
             rows = torch.cat([rows, chosen])
             images = torch.cat([images, injected(injector, train_set.images[chosen])])
+        if self.rounds and not counts[0]:
+            warnings.warn(
+                f"the style compromises no channel at {level}: none of the {self.rounds} rounds of "
+                "detoxification took place; ask for less excess or name a deeper level",
+                stacklevel=2,
+            )
         return Crafted(tensors, {"compromised_channels": counts}, victim)
 
     def poison(self, data: Splits, seed: int, tensors: Mapping[str, Tensor]) -> PoisonedData:

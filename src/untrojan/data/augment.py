@@ -106,7 +106,7 @@ def collage(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     out, others = images.clone(), torch.empty_like(order)
     # Whoever comes next in a random circle is somebody else.
     others[order] = order.roll(1)
-    out[:, :, *places] = images[others][:, :, *places]
+    out[..., *places] = images[..., *places][others]
     return out, others
 
 
