@@ -93,6 +93,8 @@ def test_a_class_out_of_reach_has_no_distance() -> None:
     assert [row[1] for row in report.evidence["distances"]] == [None, None, None]
     assert [0, 1] in report.evidence["failed_pairs"]
     assert "median_distance" not in report.statistics[1]
+    # A count, which pages show as one: 2, not 2.00.
+    assert repr([report.statistics[label]["pairs_measured"] for label in range(3)]) == "[2, 0, 2]"
 
 
 def test_pairs_can_be_drawn_and_are_checked() -> None:

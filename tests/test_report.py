@@ -435,7 +435,7 @@ def test_numbers_durations_and_rarity() -> None:
     assert [text.rarity(p) for p in (0.2, 0.05, 1e-7, 0.0)] == [
         "", "about 1 in 20", "fewer than 1 in a million", "fewer than 1 in a million million",
     ]  # fmt: skip
-    assert text.percent(0.9416) == "94.2 %"
+    assert text.percent(0.9416) == "94.2\N{NO-BREAK SPACE}%"
 
 
 # Assembly

@@ -38,10 +38,10 @@ def shown(text: object, limit: int = 48) -> str:
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
-    """0.941 as ``94.1 %``; ``–`` where there is none."""
+    """0.941 as ``94.1 %``, which no line breaks in two; ``–`` where there is none."""
     if fraction is None or not math.isfinite(fraction):
         return "–"
-    return f"{100 * fraction:.{digits}f} %"
+    return f"{100 * fraction:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -341,7 +341,7 @@ def _statistics(matrix: Tensor, by_target: Tensor, by_pair: Tensor) -> dict[int,
     for label in range(len(matrix)):
         column = matrix[:, label]
         known = column[column.isfinite()]
-        out[label] = {"pairs_measured": float(len(known))}
+        out[label] = {"pairs_measured": len(known)}
         if len(known):
             index = float(by_pair[:, label].nan_to_num(nan=-1e9).max())
             out[label] |= {
