@@ -18,6 +18,7 @@ from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
 from untrojan.distance_change import DistanceProbe, few_pairs
 from untrojan.errors import UntrojanError
+from untrojan.metrics.accuracy import attack_success_rate, benign_accuracy
 from untrojan.models.checkpoints import load_checkpoint, save_checkpoint
 from untrojan.models.classifier import predictions_of
 from untrojan.models.encoders import load_encoder
@@ -163,6 +164,14 @@ def test_hardening_that_finds_no_way_is_none(backdoored: Backdoored) -> None:
     with pytest.raises(UntrojanError, match=r"nothing was hardened: none of \d+ searches .*schedule=paper"):
         Blind(steps=6, batch_size=24, flip_fraction=1.0)(backdoored.model, few)
     assert all(torch.equal(value, before[name]) for name, value in backdoored.model.state_dict().items())
+
+
+def test_moth_weakens_a_patch_in_few_steps_of_few_images(backdoored: Backdoored) -> None:
+    # With a tenth of a class stamped, a single image of a batch, 99 % of it was left.
+    repaired = MOTH(steps=100)(backdoored.model, backdoored.clean).model
+    assert attack_success_rate(backdoored.model, backdoored.triggered) > 0.95
+    assert attack_success_rate(repaired, backdoored.triggered) < 0.6
+    assert benign_accuracy(repaired, backdoored.test) > 0.85
 
 
 def test_all_repairs_can_be_asked_of_auto() -> None:

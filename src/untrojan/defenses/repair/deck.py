@@ -51,8 +51,6 @@ class DECK(Hardening):
     trained on the clean images, and where there are not as many search rates as costs.
     """
 
-    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.5
-    """Not stated in the paper; a tenth, as in MOTH, is a single image of a class in each step."""
     encoder: str = "local"
     """A name of :func:`untrojan.models.encoders.load_encoder`. ``vgg`` is the paper's; ``local`` needs
     nothing but the clean images. A decoder for it is taken from the cache where there is one."""

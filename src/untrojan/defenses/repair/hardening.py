@@ -72,9 +72,11 @@ class Hardening:
     have more pairs than there are steps."""
     explore: Annotated[float, Interval(ge=0, le=1)] = 0.3
     """How often a pair is drawn at random."""
-    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.1
+    stamped: Annotated[float, Interval(gt=0, le=1)] = 0.5
     """Share of the smaller class's images in the batch, but at least one image, that get a trigger either
-    way: distance is bought with accuracy."""
+    way: distance is bought with accuracy. MOTH's code has a tenth and goes through the whole training set; of
+    128 images of ten classes that is a single one, and as few steps as a few clean images allow leave a patch
+    as it was. Not stated in DECK's paper."""
     replayed: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Share of the other images of the batch that get what was found before for their class and another: a
     search takes a hundred times as long as a training step, and leaves most of the batch as it was. Ours; not
