@@ -129,7 +129,18 @@ def test_several_methods_one_verdict_and_one_page(
 ) -> None:
     model, images = backdoored
     out = tmp_path / "out"
-    command = ["scan", model, "--data", images, "--out", str(out), "--method", "abs,natural", "--linearity"]
+    command = [
+        "scan",
+        model,
+        "--data",
+        images,
+        "--out",
+        str(out),
+        "--method",
+        "abs",
+        "--natural",
+        "--linearity",
+    ]
     settings = [
         "--scan-option",
         "sizes=[0.02]",

@@ -41,6 +41,14 @@ def scan(
             "class-distance, beside other methods if any are named.",
         ),
     ] = None,
+    natural: Annotated[
+        bool,
+        typer.Option(
+            "--natural",
+            help="Look for small patches that work though nobody planted them (NONE's table 2): as --method "
+            "natural, beside other methods if any are named.",
+        ),
+    ] = False,
     scan_option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A setting of the methods that have it; repeatable."),
@@ -83,7 +91,8 @@ def scan(
     settings = inputs.key_values(scan_option, "--scan-option")
     if measuring and "measure" in settings:
         raise UntrojanError("the distance is given twice: drop --distance, or --scan-option measure=...")
-    named = [*(method or []), *(["class-distance"] if measuring else [])] or ["neural-cleanse"]
+    shortcuts = {"class-distance": bool(measuring), "natural": natural}
+    named = [*(method or []), *(name for name, asked in shortcuts.items() if asked)] or ["neural-cleanse"]
     choices = ScanOptions(
         methods=method_names(named),
         schedule=schedule,
