@@ -112,6 +112,9 @@ def test_a_repair_after_a_training_defence_mends_what_that_made(tmp_path: Path) 
         ("robustness = true", 'after = "clp"', "finetune.after: 'clp' is no training defence.*has none"),
         ('repair = "clp"', "robustness = true", "defenses.clp: robustness and distance are of a repair or"),
         ("share = 0.2", "share = 0.0", "defenses.finetune.share"),
+        ('distance = "mask"', "distance_options = { steps = 20 }", "distance_options say how a distance"),
+        ("share = 0.2", "distance_options = { step = 20 }", "finetune.distance_options: .*no option 'step'"),
+        ("share = 0.2", "distance_options = { seed = 1 }", "has no measure and no seed"),
     ],
 )
 def test_what_is_wrong_with_such_a_plan(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -136,7 +139,10 @@ def test_a_repair_learns_from_what_the_attacker_left_alone() -> None:
 def test_a_cell_is_repaired_measured_and_told_of(tmp_path: Path) -> None:
     made = make_signs(num_classes=4, size=16, train_per_class=40, test_per_class=12, seed=0)
     save_npz(tmp_path / "signs.npz", made.train, made.test)
-    plan, results = written(tmp_path, PLAN.replace("[0, 1]", "[0]")), tmp_path / "results"
+    fewer = PLAN.replace("[0, 1]", "[0]").replace(
+        "robustness", "distance_options = { pairs = 6 }\nrobustness", 1
+    )
+    plan, results = written(tmp_path, fewer), tmp_path / "results"
     summary = run_plan(
         plan, tmp_path / "store", results=results, only="*/blend/*",
         data={"signs": str(tmp_path / "signs.npz")},
@@ -151,7 +157,7 @@ def test_a_cell_is_repaired_measured_and_told_of(tmp_path: Path) -> None:
     cost = undefended - result["repaired"]["benign_accuracy"]
     assert value_of(files["finetune"], "final.accuracy_cost") == pytest.approx(cost)
     assert result["robustness"]["before"] <= undefended
-    assert result["distance"]["pairs"] == 12
+    assert result["distance"]["pairs"] == 6
     assert (value_of(files["finetune"], "defense.seconds") or 0) >= result["repair"]["seconds"] > 0
     text = render(plan, results, None)
     assert "[84.92]" in next(line for line in text.splitlines() if "| blend | finetune |" in line)

@@ -87,6 +87,15 @@ def test_the_page_shows_what_the_report_says() -> None:
     assert "What each method says" not in text
 
 
+def test_a_method_without_a_vote_raises_no_alarm_beside_others() -> None:
+    quiet = report(verdict="clean", targets=(), triggers={}, evidence={})
+    beside = page_of({"neural-cleanse": quiet, "natural": report()})
+    assert "No backdoor was found" in beside
+    assert "▲" not in beside
+    assert beside.count("no vote<") == 1
+    assert "▲ suspected" in page_of({"natural": report()}), "alone it decides"
+
+
 @pytest.mark.parametrize(
     ("verdict", "headline"), [("clean", "No backdoor was found"), ("undecided", "could not")]
 )

@@ -20,6 +20,7 @@ from untrojan.defenses.scanning.class_distance import ClassDistance, Distances
 from untrojan.inversion.generators import Generator
 from untrojan.metrics.class_distance import mean_distance, measured, relative_increase
 from untrojan.models.classifier import Classifier, predictions_of, to_float
+from untrojan.registry import validated
 from untrojan.triggers.base import to_bytes
 
 Measure = Literal["mask", "filter", "feature"]
@@ -34,11 +35,13 @@ UNITS: dict[str, str] = {
 }
 
 
-def few_pairs(measure: Measure, seed: int, encoder: str = "local") -> ClassDistance:
-    """The settings of a quick look: a dozen random pairs, one trial of 150 steps on 40 images of a class."""
-    return ClassDistance(
-        measure=measure, images=IMAGES, steps=STEPS, trials=1, pairs=PAIRS, encoder=encoder, seed=seed
-    )
+def few_pairs(measure: Measure, seed: int, **changed: Any) -> ClassDistance:
+    """The settings of a quick look: a dozen random pairs, one trial of 150 steps on 40 images of a class.
+
+    ``changed`` are fields of ClassDistance to have otherwise. Raises UntrojanError for a wrong one.
+    """
+    quick = {"images": IMAGES, "steps": STEPS, "trials": 1, "pairs": PAIRS}
+    return validated(ClassDistance, quick | changed | {"measure": measure, "seed": seed}, "distance")
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ class RepairOptions:
             raise UntrojanError("an encoder is for --method deck, or for --distance feature")
         if self.encoder is not None and "encoder" in self.method_options:
             raise UntrojanError("the encoder is given twice: drop the method's setting")
-        return None if measure == "none" else few_pairs(measure, self.seed, encoder)
+        return None if measure == "none" else few_pairs(measure, self.seed, encoder=encoder)
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,11 @@ class Scan:
     costs: dict[str, Cost]
     """By method, and of the linearity view."""
 
+    @property
+    def voting(self) -> tuple[str, ...]:
+        """The methods that the verdict is made of."""
+        return _voting(self.reports)
+
 
 def scan(model: Classifier, clean: ImageSet, options: ScanOptions, *, work: Path | None = None) -> Scan:
     """Ask every method about ``model``, with clean images, rightly labelled. Neither is changed.
@@ -95,7 +100,7 @@ def joint(reports: Mapping[str, ScanReport]) -> tuple[Verdict, str, tuple[int, .
     ``poisoned`` if any method finds a backdoor; else ``undecided`` if any could not decide. Those of
     :data:`WITHOUT_A_VOTE` are heard only where nobody else is asked.
     """
-    voting = {name: found for name, found in reports.items() if name not in WITHOUT_A_VOTE} or dict(reports)
+    voting = {name: reports[name] for name in _voting(reports)}
     verdicts: tuple[Verdict, ...] = ("poisoned", "undecided", "clean")
     verdict = next(each for each in verdicts if any(found.verdict == each for found in voting.values()))
     agreeing = {name: found for name, found in voting.items() if found.verdict == verdict}
@@ -103,6 +108,10 @@ def joint(reports: Mapping[str, ScanReport]) -> tuple[Verdict, str, tuple[int, .
     if len(reports) == 1:
         return verdict, next(iter(reports.values())).reason, targets
     return verdict, "; ".join(f"{name}: {found.reason}" for name, found in agreeing.items()), targets
+
+
+def _voting(reports: Mapping[str, ScanReport]) -> tuple[str, ...]:
+    return tuple(name for name in reports if name not in WITHOUT_A_VOTE) or tuple(reports)
 
 
 def metrics_of(found: Scan, clean: ImageSet) -> dict[str, Any]:

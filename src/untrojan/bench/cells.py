@@ -444,6 +444,7 @@ class _Expansion:
             "distance": defense.distance,
             "share": defense.share,
             "seed": seed,
+            **({"distance_options": defense.distance_options} if defense.distance_options else {}),
         }
         gauged = self._stage(
             "gauge", asked, {**known, "victim": victim}, f"{attack} undefended effects",

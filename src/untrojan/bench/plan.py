@@ -289,6 +289,9 @@ class DefenseEntry(_Strict):
     """Measure accuracy under PGD of what the repair or the training defence made, and of the victim."""
     distance: Literal["mask", "filter", "feature"] | None = None
     """Measure the change of class distances in this way, on a few pairs."""
+    distance_options: dict[str, Any] = {}
+    """Where it is not to be the quick look of :func:`untrojan.distance_change.few_pairs`: fields of
+    :class:`~untrojan.defenses.scanning.class_distance.ClassDistance`."""
     scan: ScanEntry | None = None
     """Ask a scanner about the victim; beside a training defence or a repair, about what that made."""
     options: dict[str, Any] = {}
@@ -330,6 +333,10 @@ class DefenseEntry(_Strict):
         measured = self.model_fields_set & {"robustness", "distance"}
         if self.repair is None and self.training is None and measured:
             raise ValueError("robustness and distance are of a repair or a training defence: name one")
+        if self.distance_options and self.distance is None:
+            raise ValueError("distance_options say how a distance is measured: name one, or drop them")
+        if {"measure", "seed"} & set(self.distance_options):
+            raise ValueError("distance_options has no measure and no seed: these are distance and the cell's")
         return self
 
     @property
@@ -506,6 +513,7 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
     from untrojan.defenses.repair.registry import REPAIRS
     from untrojan.defenses.scanning.registry import SCANNERS
     from untrojan.defenses.training.registry import TRAINING_DEFENSES
+    from untrojan.distance_change import few_pairs
     from untrojan.models.registry import check_name
 
     for name, net in plan.nets.items():
@@ -538,6 +546,9 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
             yield f"defenses.{name}", partial(TRAINING_DEFENSES.build, defense.training, defense.options)
         if defense.repair is not None:
             yield f"defenses.{name}", partial(REPAIRS.build, defense.repair, defense.options)
+        if defense.distance is not None:
+            asked = partial(few_pairs, defense.distance, 0, **defense.distance_options)
+            yield f"defenses.{name}.distance_options", asked
         if defense.scan is not None:
             yield f"defenses.{name}.scan", partial(SCANNERS.build, defense.scan.method, defense.scan.options)
     choices: list[tuple[str, GridEntry | Choice]] = [

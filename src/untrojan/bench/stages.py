@@ -322,7 +322,7 @@ def _distance_question(
     """How to measure, and what with: an encoder is made of the images that a repair has."""
     from untrojan.distance_change import few_pairs
 
-    asked = few_pairs(config["distance"], config["seed"])
+    asked = few_pairs(config["distance"], config["seed"], **config.get("distance_options", {}))
     return asked, asked.generator(victim, _untouched(_poisoned(place), config["share"], config["seed"]))
 
 

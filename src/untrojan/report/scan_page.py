@@ -81,6 +81,8 @@ class MethodSection:
     report: ScanReport
     triggers: tuple[TriggerAtWork, ...] = ()
     seconds: float = 0.0
+    votes: bool = True
+    """Whether the page's verdict rests on its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +109,7 @@ def assemble_scan(
     sections = tuple(
         MethodSection(
             name, report, tuple(_at_work(target, report, model, clean) for target in _pictured(report)),
-            found.costs[name].seconds,
+            found.costs[name].seconds, name in found.voting,
         )
         for name, report in found.reports.items()
     )  # fmt: skip
