@@ -76,6 +76,7 @@ def test_a_decoder_is_trained_once_and_deck_repairs_with_it(
     assert metrics["details"]["encoder_sha256"] == told["encoder_sha256"]
     assert metrics["details"]["searches"]["made"] >= 2
     assert metrics["class_distance"]["measure"] == "feature"
+    assert metrics["class_distance"]["relative"]
     assert len(metrics["class_distance"]["by_pair"]) == metrics["class_distance"]["pairs"] == 12
     assert {"class distances before", "class distances after"} <= set(metrics["cost"])
     page = (out / "report.html").read_text()

@@ -76,6 +76,8 @@ class DistanceChange:
     """Mean share of a source's images that the trigger found for the given model turns; NaN without any."""
     works_after: float
     """The same triggers' on the repaired model."""
+    relative: bool = False
+    """Whether the changes of features alone count: ``ClassDistance.relative``."""
     images: tuple[GeneratedImage, ...] = ()
 
     @property
@@ -92,6 +94,7 @@ class DistanceChange:
         )  # fmt: skip
         return {
             "measure": self.measure,
+            "relative": self.relative,
             "before": _finite(mean_distance(self.before)),
             "after": _finite(mean_distance(self.after)),
             "increase": self.increase,
@@ -148,7 +151,7 @@ class DistanceProbe:
         shares = torch.tensor(works, dtype=torch.float64).view(-1, 2).mean(0).tolist()
         return DistanceChange(
             self.asked.measure, self.found.matrix, after.matrix, self.found.pairs, shares[0], shares[1],
-            tuple(images[:MOST_SHOWN]),
+            self.asked.relative, tuple(images[:MOST_SHOWN]),
         )  # fmt: skip
 
     @torch.no_grad()

@@ -85,7 +85,10 @@ class RepairOptions:
             raise UntrojanError("an encoder is for --method deck, or for --distance feature")
         if self.encoder is not None and "encoder" in self.method_options:
             raise UntrojanError("the encoder is given twice: drop the method's setting")
-        return None if measure == "none" else few_pairs(measure, self.seed, encoder=encoder)
+        if measure == "none":
+            return None
+        # What decoding does to an image, repair or no repair, would hide what the repair does.
+        return few_pairs(measure, self.seed, encoder=encoder, relative=measure == "feature")
 
 
 @dataclass(frozen=True, eq=False)

@@ -219,6 +219,10 @@ class ClassDistance:
     """How often one of all classes, or of all pairs, may stand out by chance."""
     encoder: str = "local"
     """For ``feature``: a name of :func:`untrojan.models.encoders.load_encoder`."""
+    relative: bool = False
+    """For ``feature``: :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's
+    way counts what normalising and decoding do to an image before anything is searched for; with a decoder
+    of a few images that is most of the distance, and hardening moves only the rest."""
     seed: int = 0
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> ScanReport:
@@ -250,7 +254,7 @@ class ClassDistance:
             from untrojan.models.decoders import prepare_decoder
 
             encoder, decoder = prepare_decoder(self.encoder, clean, seed=self.seed, device=str(model.device))
-            return FeatureGenerator(encoder, decoder, precision=model.precision)
+            return FeatureGenerator(encoder, decoder, precision=model.precision, relative=self.relative)
         return MaskGenerator()
 
     def chosen_pairs(self, num_classes: int) -> Tensor:
