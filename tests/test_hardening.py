@@ -35,6 +35,7 @@ from untrojan.metrics.class_distance import mean_distance, relative_increase
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.decoders import Decoder
 from untrojan.models.encoders import Encoder
+from untrojan.models.registry import build_for
 from untrojan.seeding import generator
 from untrojan.training import loop
 from untrojan.training.adversarial import PGD
@@ -617,6 +618,18 @@ def test_too_few_images_are_refused(trained: tuple[Classifier, ImageSet, ImageSe
     fewer = clean.select((clean.labels != 2) | (torch.arange(len(clean)) % 12 == 0))
     with pytest.raises(UntrojanError, match="at least 5 clean images of every class"):
         MOTH()(model, fewer)
+
+
+def test_a_ruined_model_is_an_error(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
+    model, clean, _ = trained
+    with pytest.raises(UntrojanError, match=r"ruined the model.* lower .*learning_rate=0\.3"):
+        replace(QUICK, learning_rate=3.0)(model, clean)
+
+
+def test_deck_trains_a_network_without_norm_layers_at_a_tenth() -> None:
+    data = make_signs(num_classes=3, size=16, train_per_class=1, test_per_class=1).train
+    nets = (build_for(data, name) for name in ("vgg11@0.1", "nin@0.1", "vgg11@0.1+group-norm"))
+    assert [DECK().rate(net) for net in nets] == pytest.approx([3e-2, 3e-3, 3e-2])
 
 
 def test_moth_enlarges_mask_distances(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:

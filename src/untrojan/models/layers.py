@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+WITHOUT_NORM = 0.1
+"""Share of a high learning rate that a network without norm layers bears; ours."""
+
+
+def has_norm(network: nn.Module) -> bool:
+    """Whether any layer normalises activations."""
+    return any(isinstance(each, _NORMS) for each in network.modules())
+
 
 def scaled(filters: int, width: float) -> int:
     """``filters`` times the width multiplier, rounded, never below 4."""

@@ -30,6 +30,7 @@ from untrojan.defenses.repair.report import RepairReport
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import ANY, Inversion, Problem, Schedule, Shrink, invert
 from untrojan.inversion.generators import Generator
+from untrojan.metrics.accuracy import benign_accuracy
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.frozen import frozen, trainable
 from untrojan.training.adversarial import PGD
@@ -125,12 +126,17 @@ class Hardening:
         """Searches that take turns from period to period."""
         return (Turn(generator),)
 
+    def rate(self, model: Classifier) -> float:
+        """The learning rate for ``model``."""
+        return self.learning_rate
+
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
         """Harden a copy of ``model`` with ``clean``, images known to be rightly labelled.
 
         The history holds "epochs", and "visits": for each period and way the trigger's size before and after,
         None where the last search failed. Raises UntrojanError for fewer than five images of a class, where
-        the model's classes are not the images', where training diverges, or where no search ever made one
+        the model's classes are not the images', where training diverges or leaves less than half of the
+        accuracy on ``clean``, or where no search ever made one
         class look like another: that is no hardening.
         """
         self._check(model, clean)
@@ -139,7 +145,7 @@ class Hardening:
         warm_up = clean.num_classes * _kinds(turns)
         epochs = epochs_for(warm_up + self.steps, len(clean), self.batch_size)
         recipe = Recipe(
-            epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.learning_rate,
+            epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.rate(model),
             weight_decay=self.weight_decay, schedule=self.rate_schedule, crop_padding=self.crop_padding,
             flip=self.flip, precision=model.precision,
         )  # fmt: skip
@@ -153,6 +159,7 @@ class Hardening:
             method=f"{self} {weights_fingerprint(model)}",
         )  # fmt: skip
         hardener.settle()
+        self._check_survived(model, repaired, clean)
         told = {"visits": hardener.history(), "searches": hardener.searches(), **self.told(generator)}
         return RepairReport(repaired, {"epochs": history.to_json(), **told})
 
@@ -222,6 +229,14 @@ class Hardening:
             raise UntrojanError(
                 f"the model has {model.num_classes} outputs and the data have {clean.num_classes} classes: "
                 "they must be as many"
+            )
+
+    def _check_survived(self, model: Classifier, repaired: Classifier, clean: ImageSet) -> None:
+        before, after = benign_accuracy(model, clean), benign_accuracy(repaired, clean)
+        if after < before / 2:
+            raise UntrojanError(
+                f"hardening ruined the model: of the clean images it had {before:.1%} right and has "
+                f"{after:.1%}; lower the learning rate (learning_rate={self.learning_rate / 10:g})"
             )
 
     def _warm_up(

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt
-from torch import Tensor, nn
+from torch import Tensor
 
 from untrojan.data.image_set import ImageSet
 from untrojan.defenses.repair.finetune import Finetuning
@@ -22,12 +22,11 @@ from untrojan.defenses.repair.tuning import Tuning
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.frozen import trainable
+from untrojan.models.layers import WITHOUT_NORM, has_norm
 from untrojan.models.taps import SDRM_LEVELS, levels_of, tapped
 from untrojan.training.recipe import Recipe
 
 _SMALL = 1e-6
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-_WITHOUT_NORM = 0.1
 
 Beta = Annotated[float, Ge(0)]
 Side = Annotated[int, Ge(1)]
@@ -90,8 +89,8 @@ class NAD(Tuning):
         0.1 is near the most that training bears, and again without norm layers."""
         usual = super().recipe(images, model)
         share = usual.batch_size / self.batch_size
-        if not any(isinstance(each, _NORMS) for each in model.modules()):
-            share *= _WITHOUT_NORM
+        if not has_norm(model):
+            share *= WITHOUT_NORM
         return replace(usual, learning_rate=share * self.learning_rate)
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
