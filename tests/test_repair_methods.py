@@ -221,7 +221,7 @@ def test_on_maps_of_eight_pixels_a_side_the_loss_is_the_published_one(backdoored
     assert float(found) == pytest.approx(float(published), rel=1e-4)
 
 
-def test_a_network_without_norm_layers_is_distilled_at_a_tenth_of_the_learning_rate(
+def test_a_network_without_norm_layers_is_tuned_at_a_tenth_of_the_learning_rate(
     backdoored: Backdoored,
 ) -> None:
     nin = build_for(backdoored.clean, "nin@0.25")
@@ -229,6 +229,7 @@ def test_a_network_without_norm_layers_is_distilled_at_a_tenth_of_the_learning_r
     assert rate == pytest.approx(0.01)
     with_norm = build_for(backdoored.clean, "vgg11@0.125")
     assert NAD().recipe(2560, with_norm).learning_rate == pytest.approx(10 * rate)
+    assert Finetuning().recipe(2560, nin).learning_rate == pytest.approx(2e-3)
     report = NAD(epochs=2, teacher_epochs=1)(nin, backdoored.clean)
     assert all(math.isfinite(epoch["loss"]) for epoch in report.history["epochs"])
 

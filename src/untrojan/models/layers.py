@@ -9,13 +9,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-WITHOUT_NORM = 0.1
-"""Share of a high learning rate that a network without norm layers bears; ours."""
 
 
-def has_norm(network: nn.Module) -> bool:
-    """Whether any layer normalises activations."""
-    return any(isinstance(each, _NORMS) for each in network.modules())
+def bearable_rate(rate: float, network: nn.Module) -> float:
+    """SGD's learning rate ``rate``, as published for networks with batch norm; a tenth of it, which is ours,
+    for one without norm layers."""
+    normalised = any(isinstance(each, _NORMS) for each in network.modules())
+    return rate if normalised else 0.1 * rate
 
 
 def scaled(filters: int, width: float) -> int:

@@ -27,7 +27,7 @@ from untrojan.inversion.generators import (
 )
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.decoders import Upsampling, prepare_decoder
-from untrojan.models.layers import WITHOUT_NORM, has_norm
+from untrojan.models.layers import bearable_rate
 
 _BESIDE: Mapping[str, Callable[[ImageSet], Generator]] = {
     "warping": lambda clean: WarpGenerator(),
@@ -108,7 +108,7 @@ class DECK(Hardening):
             )
 
     def rate(self, model: Classifier) -> float:
-        return self.learning_rate * (1 if has_norm(model) else WITHOUT_NORM)
+        return bearable_rate(self.learning_rate, model)
 
     def generator(self, model: Classifier, clean: ImageSet) -> FeatureGenerator:
         encoder, decoder = prepare_decoder(

@@ -22,6 +22,7 @@ from untrojan.defenses.repair.clean_data import weights_fingerprint
 from untrojan.defenses.repair.report import RepairReport
 from untrojan.models.classifier import Classifier
 from untrojan.models.frozen import trainable
+from untrojan.models.layers import bearable_rate
 from untrojan.training.gradients import carrying
 from untrojan.training.loop import BatchLoss, train
 from untrojan.training.recipe import Recipe, Share
@@ -98,7 +99,7 @@ class FTSAM:
     epochs: Annotated[int, Ge(1)] = 100
     batch_size: Annotated[int, Ge(2)] = 256
     learning_rate: Annotated[float, Gt(0)] = 0.01
-    """At the start; it falls to nothing along a cosine."""
+    """At the start; it falls to nothing along a cosine. A tenth of it without norm layers."""
     momentum: Share = 0.9
     weight_decay: Annotated[float, Ge(0)] = 5e-4
     label_smoothing: Share = 0.1
@@ -112,7 +113,8 @@ class FTSAM:
         repaired = trainable(model)
         recipe = Recipe(
             epochs=self.epochs, batch_size=self.batch_size, optimizer="sgd",
-            learning_rate=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay,
+            learning_rate=bearable_rate(self.learning_rate, model), momentum=self.momentum,
+            weight_decay=self.weight_decay,
             schedule="one_cycle", warm_up=0.0, crop_padding=self.crop_padding, flip=self.flip,
             precision=model.precision,
         )  # fmt: skip

@@ -22,7 +22,6 @@ from untrojan.defenses.repair.tuning import Tuning
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.frozen import trainable
-from untrojan.models.layers import WITHOUT_NORM, has_norm
 from untrojan.models.taps import SDRM_LEVELS, levels_of, tapped
 from untrojan.training.recipe import Recipe
 
@@ -61,9 +60,6 @@ class NAD(Tuning):
     fine-tunes the teacher at a learning rate of 0.1; here it is 0.02, with the same decay, as for DECK's
     table. ``start="teacher"`` is the variant of the toolbox of DECK's authors, which there goes with one
     level of weight 5,000 and six epochs at 1e-3.
-
-    The published networks have batch norm. One without norm layers bears no such learning rate as its 0.1:
-    the student of a NiN was not finite after eight steps. It is trained at a tenth of it, which is ours.
     """
 
     epochs: Annotated[int, Ge(1)] = 20
@@ -86,12 +82,10 @@ class NAD(Tuning):
 
     def recipe(self, images: int, model: Classifier) -> Recipe:
         """As published; where so few images go in smaller batches, the learning rate shrinks with them, for
-        0.1 is near the most that training bears, and again without norm layers."""
+        0.1 is near the most that training bears."""
         usual = super().recipe(images, model)
         share = usual.batch_size / self.batch_size
-        if not has_norm(model):
-            share *= WITHOUT_NORM
-        return replace(usual, learning_rate=share * self.learning_rate)
+        return replace(usual, learning_rate=share * usual.learning_rate)
 
     def __call__(self, model: Classifier, clean: ImageSet, *, checkpoint: Path | None = None) -> RepairReport:
         """Distil on ``clean``, uint8 images rightly labelled.

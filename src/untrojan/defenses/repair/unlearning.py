@@ -21,6 +21,7 @@ from untrojan.defenses.repair.report import RepairReport
 from untrojan.defenses.repair.tuning import stage_file
 from untrojan.models.classifier import Classifier
 from untrojan.models.frozen import trainable
+from untrojan.models.layers import bearable_rate
 from untrojan.training.loop import train
 from untrojan.training.recipe import Recipe
 from untrojan.triggers.base import to_bytes
@@ -39,7 +40,8 @@ class Unlearning:
     stamped: Annotated[float, Interval(ge=0, le=1)] = 0.2
     epochs: Annotated[int, Ge(1)] = 1
     learning_rate: Annotated[float, Gt(0)] = 0.01
-    """Not stated in the paper; its example takes the training's own optimiser."""
+    """Not stated in the paper; its example takes the training's own optimiser. A tenth of it without norm
+    layers: a NiN lost 23 points of accuracy."""
     batch_size: Annotated[int, Ge(2)] = 32
     seed: int = 0
     schedule: Literal["fast", "paper"] = "fast"
@@ -63,7 +65,7 @@ class Unlearning:
         repaired = trainable(model)
         recipe = replace(
             Recipe(epochs=self.epochs, batch_size=self.batch_size, optimizer="sgd", schedule="constant"),
-            learning_rate=self.learning_rate,
+            learning_rate=bearable_rate(self.learning_rate, model),
             precision=model.precision,
         )
 
