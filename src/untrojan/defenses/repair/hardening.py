@@ -136,8 +136,7 @@ class Hardening:
         The history holds "epochs", and "visits": for each period and way the trigger's size before and after,
         None where the last search failed. Raises UntrojanError for fewer than five images of a class, where
         the model's classes are not the images', where training diverges or leaves less than half of the
-        accuracy on ``clean``, or where no search ever made one
-        class look like another: that is no hardening.
+        accuracy on ``clean``, or where no search ever made one class look like another: that is no hardening.
         """
         self._check(model, clean)
         generator = self.generator(model, clean)
