@@ -11,7 +11,7 @@ import pytest
 from untrojan.bench.cells import expand
 from untrojan.bench.graph import Cell, stages_of
 from untrojan.bench.measures import MEASURES
-from untrojan.bench.plan import read_plan
+from untrojan.bench.plan import read_plan, takes
 from untrojan.bench.published import PUBLISHED, published_figure, read_published
 from untrojan.errors import UntrojanError
 
@@ -321,7 +321,7 @@ def test_plans_that_come_with_the_project(path: Path) -> None:
         for cell in cells:
             assert cell.axes["seed"] in (0, 1, 2)
     for bound in plan.bounds:
-        assert any(bound.cells.takes(cell.axes) for cell in cells), bound.text
+        assert any(takes(bound.cells, cell.axes) for cell in cells), bound.text
 
 
 def test_what_a_cleanser_is_given_beside_the_set(tmp_path: Path) -> None:

@@ -68,20 +68,37 @@ statistic = "largest"
 at_most = 0.01
 """
 
+COMPARED = (
+    PLAN
+    + """
+[defenses.spectre]
+cleanser = "spectre"
+[defenses.none]
+[[comparisons]]
+name = "beside"
+title = "Beside"
+defense = "re"
+cells = { attacks = ["?-1SC"] }
+columns = ["retrained.attack_success"]
+"""
+)
+
 
 class Bench:
     """A plan, and result files that a run of it might have left."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, plan: str = PLAN) -> None:
         self.plan_path, self.results = folder / "plan.toml", folder / "results"
-        self.plan_path.write_text(PLAN)
+        self.plan_path.write_text(plan)
         self.plan = read_plan(self.plan_path)
         self.cells = {cell.name: cell for cell in expand(self.plan)}
         self.folder = self.results / "tables" / "cells"
         self.folder.mkdir(parents=True)
 
-    def write(self, attack: str, seed: int, sections: dict[str, Any], **other: Any) -> None:
-        cell = self.cells[f"cifar10/compact/{attack}/re/{seed}"]
+    def write(
+        self, attack: str, seed: int, sections: dict[str, Any], defense: str = "re", **other: Any
+    ) -> None:  # fmt: skip
+        cell = self.cells[f"cifar10/compact/{attack}/{defense}/{seed}"]
         content = {
             "cell": dict(cell.axes),
             "key": cell.key,
@@ -93,7 +110,7 @@ class Bench:
         }
         (self.folder / cell.file_name).write_text(json.dumps(content | other))
 
-    def attack(self, name: str, seed: int, **given: Any) -> None:
+    def attack(self, name: str, seed: int, defense: str = "re", **given: Any) -> None:
         told = {"success": 0.95, "right": True, "rate": 0.9, "after": 0.01, "accuracy": 0.9} | given
         self.write(
             name,
@@ -104,6 +121,7 @@ class Bench:
                 "cleansing": {"true_positive_rate": told["rate"]},
                 "retrained": {"attack_success": told["after"], "benign_accuracy": told["accuracy"]},
             },
+            defense,
         )
 
     def control(self, name: str, seed: int, accuracy: float = 0.9, alarm: bool = False) -> None:
@@ -212,6 +230,54 @@ def test_bounds(bench: Bench) -> None:
     bench.attack("A-1SC", 1, after=0.0491)
     assert bench.verdicts()["retrained"] == ("does not hold", 5)
     assert "**does not hold**" in bench.markdown()
+
+
+def test_a_defense_is_compared_on_the_cells_that_another_has_too(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, COMPARED)
+    for attack, seed, defense, after in [
+        ("A-1SC", 0, "re", 0.1),
+        ("A-1SC", 0, "spectre", 0.5),
+        ("A-1SC", 1, "re", 0.3),
+        ("A-1SC", 1, "spectre", 0.1),
+        ("F-1SC", 0, "re", 0.9),
+    ]:
+        bench.attack(attack, seed, defense=defense, after=after)
+    # Of an attack that does not work nothing is learned.
+    bench.attack("F-1SC", 1, defense="re", success=0.2, after=0.0)
+    bench.attack("F-1SC", 1, defense="spectre", success=0.2, after=1.0)
+    head, _, *rows = [
+        line for line in bench.markdown().split("## Beside")[1].splitlines() if line.startswith("|")
+    ]
+    assert head == "| defense | cells shared | retrained ASR %, its | retrained ASR %, re |"
+    assert rows[:2] == ["| spectre | 2 | 30.0 | 20.0 |", "| none | 0 | - | - |"]
+    lines = [
+        line for line in render(bench.plan_path, bench.results, None, "csv").splitlines() if "beside" in line
+    ]
+    assert [line.split(",")[:8] for line in lines] == [
+        ["beside: spectre", "", "", "", "re", "", "retrained.attack_success", "2"],
+        ["beside: spectre", "", "", "", "spectre", "", "retrained.attack_success", "2"],
+    ]
+    assert [float(line.split(",")[8]) for line in lines] == [pytest.approx(0.2), pytest.approx(0.3)]
+
+
+def test_cells_of_either_kind(bench: Bench) -> None:
+    bench.everything()
+    both = '[{ attacks = ["A-1SC"] }, { attacks = ["F-1SC"] }]'
+    bench.plan_path.write_text(PLAN.replace('{ attacks = ["?-1SC"] }', both))
+    bench.plan = read_plan(bench.plan_path)
+    assert bench.verdicts()["right target"] == ("holds", 6)
+    bench.plan_path.write_text(
+        PLAN.replace('{ attacks = ["?-1SC"] }', '[{ attacks = ["A-1SC"] }, { attacks = ["B"] }]')
+    )
+    with pytest.raises(UntrojanError, match=r"bounds\.0\.cells\.attacks: 'B' matches none of A-1SC"):
+        read_plan(bench.plan_path)
+
+
+def test_a_comparison_is_with_a_defense_of_the_plan(tmp_path: Path) -> None:
+    with pytest.raises(
+        UntrojanError, match=r"comparisons\.beside\.defense: 'deck' matches none of re, spectre"
+    ):
+        Bench(tmp_path, COMPARED.replace('defense = "re"', 'defense = "deck"'))
 
 
 def test_what_is_missing_stale_or_failed_is_said(bench: Bench) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from untrojan.bench.measures import MEASURES
 from untrojan.bench.published import PUBLISHED
@@ -374,10 +374,22 @@ class Choice(_Strict):
         return all(any(fnmatch.fnmatchcase(str(axes[axis]), p) for p in patterns) for axis, patterns in pairs)
 
 
+Cells = Annotated[
+    list[Choice],
+    Field(min_length=1),
+    BeforeValidator(lambda given: [given] if isinstance(given, dict) else given),
+]
+"""What any of these choices takes; a plan may give one alone."""
+
+
+def takes(cells: Iterable[Choice], axes: Mapping[str, Any]) -> bool:
+    return any(choice.takes(axes) for choice in cells)
+
+
 class TableEntry(_Strict):
     name: Name
     title: str
-    cells: Choice = Choice()
+    cells: Cells = [Choice()]
     rows: list[Axis] = ["attack"]
     """The axes that make a row; cells that differ in the others alone are averaged."""
     columns: list[str]
@@ -403,7 +415,7 @@ class BoundEntry(_Strict):
     """Something that is to hold; cells whose attack does not work are not counted."""
 
     text: str
-    cells: Choice = Choice()
+    cells: Cells = [Choice()]
     measure: str
     statistic: Literal["mean", "largest", "smallest", "fraction"]
     """``fraction`` is the share of cells in which the measure is true."""
@@ -417,7 +429,11 @@ class BoundEntry(_Strict):
     @classmethod
     def _pairs(cls, given: Any) -> Any:
         if isinstance(given, dict):
-            return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+            limits = ("at_least", "at_most")
+            return {
+                key: tuple(value) if key in limits and isinstance(value, list) else value
+                for key, value in given.items()
+            }
         return given
 
     @model_validator(mode="after")
@@ -426,6 +442,27 @@ class BoundEntry(_Strict):
             _check_measure(measure)
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError("give either at_least or at_most")
+        return self
+
+
+class ComparisonEntry(_Strict):
+    """One defence beside each other one, on the cells that both have and whose attack works.
+
+    Means over whatever each defence happens to have are no comparison while a plan is half run.
+    """
+
+    name: Name
+    title: str
+    defense: Name
+    cells: Cells = [Choice()]
+    """The others', and so the one's."""
+    columns: Annotated[list[str], Field(min_length=1)]
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _known(self) -> ComparisonEntry:
+        for column in self.columns:
+            _check_measure(column)
         return self
 
 
@@ -451,6 +488,7 @@ class Plan(_Strict):
     grid: list[GridEntry] = [GridEntry()]
     potency: Potency = Potency()
     tables: list[TableEntry] = []
+    comparisons: list[ComparisonEntry] = []
     bounds: list[BoundEntry] = []
 
     @model_validator(mode="after")
@@ -553,9 +591,17 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
             yield f"defenses.{name}.scan", partial(SCANNERS.build, defense.scan.method, defense.scan.options)
     choices: list[tuple[str, GridEntry | Choice]] = [
         *((f"grid.{index}", grid) for index, grid in enumerate(plan.grid)),
-        *((f"tables.{table.name}.cells", table.cells) for table in plan.tables),
-        *((f"bounds.{index}.cells", bound.cells) for index, bound in enumerate(plan.bounds)),
+        *((f"tables.{table.name}.cells", choice) for table in plan.tables for choice in table.cells),
+        *((f"comparisons.{each.name}.cells", choice) for each in plan.comparisons for choice in each.cells),
+        *(
+            (f"bounds.{index}.cells", choice)
+            for index, bound in enumerate(plan.bounds)
+            for choice in bound.cells
+        ),
     ]
+    for comparison in plan.comparisons:
+        one = partial(matching, comparison.defense, list(plan.defenses))
+        yield f"comparisons.{comparison.name}.defense", one
     for (key, choice), axis in itertools.product(choices, ("data", "nets", "attacks", "defenses")):
         for pattern in getattr(choice, axis):
             yield f"{key}.{axis}", partial(matching, pattern, list(getattr(plan, axis)))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from untrojan.bench.graph import Cell
 from untrojan.bench.measures import MEASURES, beside_regular, value_of
-from untrojan.bench.plan import BoundEntry, Plan, TableEntry, read_plan
+from untrojan.bench.plan import BoundEntry, ComparisonEntry, Plan, TableEntry, read_plan, takes
 from untrojan.bench.published import published_figure, read_published
 from untrojan.errors import UntrojanError
 
@@ -151,7 +151,7 @@ def rows_of(plan: Plan, table: TableEntry, cells: Sequence[Cell], outcomes: Sequ
     """A table's rows, in the order in which the plan names their cells."""
     places: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
-        if table.cells.takes(cell.axes):
+        if takes(table.cells, cell.axes):
             places.setdefault(tuple(str(cell.axes[axis]) for axis in table.rows), []).append(cell)
     known = {outcome.cell.name: outcome for outcome in outcomes}
     rows = []
@@ -207,6 +207,45 @@ def _published(plan: Plan, table: TableEntry, column: str, members: Sequence[Cel
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One defence beside another, averaged over the cells that both have."""
+
+    other: str
+    shared: int
+    figures: Mapping[str, tuple[float, float]]
+    """The one's mean and the other's; measures that a shared cell lacks are left out."""
+
+
+def comparisons_of(
+    entry: ComparisonEntry, cells: Sequence[Cell], outcomes: Sequence[Outcome]
+) -> list[Comparison]:  # fmt: skip
+    """One for each other defence, in the plan's order; those that share no cell are among them."""
+    potent = {outcome.cell.name: outcome.values for outcome in outcomes if not outcome.impotent}
+    by_defense: dict[str, dict[tuple[Any, ...], Mapping[str, float]]] = {}
+    for cell in cells:
+        defense = str(cell.axes["defense"])
+        if defense == entry.defense or takes(entry.cells, cell.axes):
+            place = tuple(cell.axes[axis] for axis in ("data", "net", "attack", "seed"))
+            held = by_defense.setdefault(defense, {})
+            if cell.name in potent:
+                held[place] = potent[cell.name]
+    ours = by_defense.pop(entry.defense, {})
+    found = []
+    for other, theirs in by_defense.items():
+        pairs = [(ours[place], values) for place, values in theirs.items() if place in ours]
+        figures = {
+            column: (
+                statistics.fmean(one[column] for one, _ in pairs),
+                statistics.fmean(values[column] for _, values in pairs),
+            )
+            for column in entry.columns
+            if pairs and all(column in one and column in values for one, values in pairs)
+        }
+        found.append(Comparison(other, len(pairs), figures))
+    return found
+
+
+@dataclass(frozen=True)
 class BoundOutcome:
     bound: BoundEntry
     verdict: Verdict
@@ -219,7 +258,7 @@ class BoundOutcome:
 
 def check_bound(bound: BoundEntry, cells: Sequence[Cell], outcomes: Sequence[Outcome]) -> BoundOutcome:
     """Whether a stated bound holds over the cells it is about."""
-    wanted = [cell for cell in cells if bound.cells.takes(cell.axes)]
+    wanted = [cell for cell in cells if takes(bound.cells, cell.axes)]
     known = {outcome.cell.name: outcome for outcome in outcomes}
     done = [known[cell.name] for cell in wanted if cell.name in known]
     potent = [outcome for outcome in done if not outcome.impotent]
@@ -253,6 +292,8 @@ def _as_markdown(plan: Plan, cells: Sequence[Cell], outcomes: Sequence[Outcome],
     parts = [f"# {plan.title}", plan.description] if plan.description else [f"# {plan.title}"]
     for table in plan.tables:
         parts.append(_markdown_table(plan, table, cells, outcomes))
+    for comparison in plan.comparisons:
+        parts.append(_markdown_comparison(comparison, cells, outcomes))
     if plan.bounds:
         parts.append(_markdown_bounds(plan, cells, outcomes))
     parts.append(_footer(plan, cells, outcomes, folder))
@@ -282,6 +323,29 @@ def _markdown_table(plan: Plan, table: TableEntry, cells: Sequence[Cell], outcom
         lines += [
             f"- {_numbered(s['table'])}: {s['caption']}. {s['source']}. {s['note']}".rstrip() for s in sources
         ]
+    return "\n".join(lines)
+
+
+def _markdown_comparison(
+    entry: ComparisonEntry, cells: Sequence[Cell], outcomes: Sequence[Outcome]
+) -> str:  # fmt: skip
+    titles = [MEASURES[c].label + (" %" if MEASURES[c].kind == "share" else "") for c in entry.columns]
+    head = [
+        "defense",
+        "cells shared",
+        *(f"{title}, {whose}" for title in titles for whose in ("its", entry.defense)),
+    ]
+    lines = [f"## {entry.title}", ""]
+    if entry.note:
+        lines += [entry.note, ""]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for each in comparisons_of(entry, cells, outcomes):
+        shown = []
+        for column in entry.columns:
+            kind = MEASURES[column].kind
+            one, other = each.figures.get(column, (None, None))
+            shown += ["-" if mean is None else _spell(mean, kind, unit=False) for mean in (other, one)]
+        lines.append(_line([each.other, str(each.shared), *shown]))
     return "\n".join(lines)
 
 
@@ -363,6 +427,13 @@ def _as_csv(plan: Plan, cells: Sequence[Cell], outcomes: Sequence[Outcome]) -> s
                 ]
                 shown = ["" if number is None else f"{number:.6g}" for number in numbers]
                 writer.writerow([table.name, *place, column, figure.count, *shown, row.potent, row.attacked])
+    for entry in plan.comparisons:
+        for each in comparisons_of(entry, cells, outcomes):
+            for column, means in each.figures.items():
+                for whose, mean in zip((entry.defense, each.other), means, strict=True):
+                    place = ["", "", "", whose, ""]
+                    measured = [column, each.shared, f"{mean:.6g}", "", "", each.shared, each.shared]
+                    writer.writerow([f"{entry.name}: {each.other}", *place, *measured])
     for bound in plan.bounds:
         o = check_bound(bound, cells, outcomes)
         writer.writerow(["bound", *[""] * 5, bound.text, o.counted, o.found, "", o.needed, o.verdict, ""])
