@@ -553,6 +553,15 @@ def test_decks_search_is_as_its_settings_say(
     assert [each.most_steps for each in MOTH().schedules(MaskGenerator())] == [200, 60, 20]
 
 
+def test_the_papers_schedule_hardens(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
+    model, clean, _ = trained
+    moth = REPAIRS.build("moth", {"schedule": "paper", "steps": 2})
+    assert isinstance(moth, MOTH)
+    asked = moth.schedules(moth.generator(model, clean))
+    assert [(each.most_steps, each.images_a_side) for each in asked] == [(500, 32), (200, 16), (50, 16)]
+    assert any(visit["after"] is not None for visit in moth(model, clean).history["visits"])
+
+
 def test_decks_starts_go_by_turns_each_with_a_memory_of_its_own(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
