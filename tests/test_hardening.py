@@ -203,34 +203,6 @@ def test_other_images_of_the_batch_get_the_triggers_of_their_own_class(
     assert hardener._replay(images, labels, left, torch.Generator()) is images
 
 
-def test_the_warm_up_of_many_classes_stamps_several_targets_in_a_step(
-    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, clean, _ = trained
-    greys = torch.tensor([[0.1], [0.2], [0.3], [0.4]])
-    states = PairStates(torch.zeros(4, 4), torch.ones(4, 4), greys, pairs_at_once=1, periods=9)
-    images, labels = torch.ones(len(clean), 3, 16, 16), clean.labels
-
-    def stamped(step: int) -> list[Tensor]:
-        hardener = Hardener(QUICK, model, clean, (Turn(_Paint()),), [states])  # type: ignore[arg-type]
-        out = hardener._stamp_universal(images, labels, step, torch.Generator().manual_seed(0))
-        assert bool((images == 1).all())
-        return [labels[(out[:, 0, 0, 0] - grey).abs() < 1e-6] for grey in greys.flatten().tolist()]
-
-    others = 3 * len(clean) // 4
-    # As the papers have it: half of the other classes' images, one target in each step.
-    assert [len(each) for each in stamped(2)] == [0, 0, others // 2, 0]
-    monkeypatch.setattr(hardening, "MOST_WARM_UP", 2)
-    hardener = Hardener(QUICK, model, clean, (Turn(_Paint()),), [states])  # type: ignore[arg-type]
-    assert hardener.warm_up_steps == 2
-    for step, targets in ((0, (0, 1)), (1, (2, 3))):
-        sources = stamped(step)
-        assert [len(each) for each in sources] == [
-            others // 4 if target in targets else 0 for target in range(4)
-        ]
-        assert all(target not in sources[target].tolist() for target in targets)
-
-
 @pytest.mark.usefixtures("quick")
 def test_searches_take_turns_from_period_to_period(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch

@@ -42,9 +42,6 @@ FEWEST_IMAGES = 5
 """Of each class: fewer make a trigger that fits them alone."""
 REPLAYED_AT_ONCE = 16
 """Images: DECK's triggers have half a megabyte each, or two."""
-MOST_WARM_UP = 10
-"""Steps for each kind of trigger. The papers have one for each class, a small part of the whole training set;
-on a few images of each of 43 signs, seven kinds took 301 such steps, and 15 points of accuracy."""
 RAMP = 1000
 """Steps after which distances outweigh gains fully in the choice of pairs: a = min(.1 step / 100, 1)."""
 
@@ -144,7 +141,7 @@ class Hardening:
         self._check(model, clean)
         generator = self.generator(model, clean)
         turns = self.by_turns(generator, clean)
-        warm_up = len(_warm_up_targets(clean.num_classes)) * _kinds(turns)
+        warm_up = clean.num_classes * _kinds(turns)
         epochs = epochs_for(warm_up + self.steps, len(clean), self.batch_size)
         recipe = Recipe(
             epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.rate(model),
@@ -185,8 +182,7 @@ class Hardening:
         checkpoint: Path | None,
     ) -> Hardener:
         kinds = _kinds(turns)
-        warm_up = kinds * len(_warm_up_targets(clean.num_classes))
-        periods = max(1, -(-(steps - warm_up) // self.period))
+        periods = max(1, -(-(steps - kinds * clean.num_classes) // self.period))
         memories = [
             self._warm_up(model, clean, _first_of(turns, kind), kind, periods, checkpoint)
             for kind in range(kinds)
@@ -273,11 +269,6 @@ class Hardening:
 
 def _kinds(turns: tuple[Turn, ...]) -> int:
     return 1 + max(turn.memory for turn in turns)
-
-
-def _warm_up_targets(num_classes: int) -> tuple[Tensor, ...]:
-    """The classes whose universal triggers each step of the warm-up stamps."""
-    return torch.arange(num_classes).tensor_split(min(num_classes, MOST_WARM_UP))
 
 
 def _from_any(clean: ImageSet) -> Tensor:
@@ -388,7 +379,7 @@ class Hardener:
 
     @property
     def warm_up_steps(self) -> int:
-        return len(_warm_up_targets(self.clean.num_classes)) * len(self.memories)
+        return self.clean.num_classes * len(self.memories)
 
     def __call__(
         self, images: Tensor, labels: Tensor, rows: Tensor, random: torch.Generator
@@ -463,18 +454,12 @@ class Hardener:
         return {"made": len(seen), "failed": failed}
 
     def _stamp_universal(self, images: Tensor, labels: Tensor, step: int, random: torch.Generator) -> Tensor:
-        """Half of the other classes' images get a target's trigger; of several targets each gets its part."""
-        steps = _warm_up_targets(self.clean.num_classes)
-        kind, place = divmod(step, len(steps))
-        free = torch.ones_like(labels, dtype=torch.bool)
-        for target in steps[place].tolist():
-            others = ((labels != target) & free).nonzero().flatten()
-            share = int((labels != target).sum()) // (2 * len(steps[place]))
-            drawn = others[torch.randperm(len(others), generator=random)[:share].to(labels.device)]
-            parameters = self.memories[kind].universal[target]
-            images = self._embedded(self.problems[kind], images, drawn, parameters)
-            free[drawn] = False
-        return images
+        """Half of the other classes' images get a target's trigger."""
+        kind, target = divmod(step, self.clean.num_classes)
+        others = (labels != target).nonzero().flatten()
+        drawn = torch.randperm(len(others), generator=random)[: len(others) // 2].to(labels.device)
+        parameters = self.memories[kind].universal[target]
+        return self._embedded(self.problems[kind], images, others[drawn], parameters)
 
     def _in_turn(self) -> tuple[PairStates | UniversalStates, bool]:
         """The memory whose period it is, and whether it begins: then the one before is closed."""
