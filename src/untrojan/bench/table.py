@@ -303,7 +303,7 @@ def _as_markdown(plan: Plan, cells: Sequence[Cell], outcomes: Sequence[Outcome],
 def _markdown_table(plan: Plan, table: TableEntry, cells: Sequence[Cell], outcomes: Sequence[Outcome]) -> str:
     rows = rows_of(plan, table, cells, outcomes)
     potency = any(row.attacked for row in rows)
-    titles = [MEASURES[c].label + (" %" if MEASURES[c].kind == "share" else "") for c in table.columns]
+    titles = _titles(table.columns)
     head = [*table.rows, "cells", *titles, *(["attack works"] if potency else [])]
     lines = [f"## {table.title}", ""]
     if table.note:
@@ -329,7 +329,7 @@ def _markdown_table(plan: Plan, table: TableEntry, cells: Sequence[Cell], outcom
 def _markdown_comparison(
     entry: ComparisonEntry, cells: Sequence[Cell], outcomes: Sequence[Outcome]
 ) -> str:  # fmt: skip
-    titles = [MEASURES[c].label + (" %" if MEASURES[c].kind == "share" else "") for c in entry.columns]
+    titles = _titles(entry.columns)
     head = [
         "defense",
         "cells shared",
@@ -347,6 +347,10 @@ def _markdown_comparison(
             shown += ["-" if mean is None else _spell(mean, kind, unit=False) for mean in (other, one)]
         lines.append(_line([each.other, str(each.shared), *shown]))
     return "\n".join(lines)
+
+
+def _titles(columns: Iterable[str]) -> list[str]:
+    return [MEASURES[name].label + (" %" if MEASURES[name].kind == "share" else "") for name in columns]
 
 
 def _numbered(table: str) -> str:
