@@ -27,7 +27,13 @@ from untrojan.inversion.additive import FlippingPattern
 from untrojan.inversion.engine import ANY, Adam, Inversion, invert
 from untrojan.inversion.feature_space import LossWeights
 from untrojan.inversion.filters import FilterMatrix, second_moments
-from untrojan.inversion.generators import FeatureGenerator, FilterGenerator, MaskGenerator, WarpGenerator
+from untrojan.inversion.generators import (
+    AdditiveGenerator,
+    FeatureGenerator,
+    FilterGenerator,
+    MaskGenerator,
+    WarpGenerator,
+)
 from untrojan.inversion.masked import MaskedPattern
 from untrojan.inversion.warping import SmoothWarp
 from untrojan.metrics.accuracy import benign_accuracy
@@ -35,6 +41,7 @@ from untrojan.metrics.class_distance import mean_distance, relative_increase
 from untrojan.models.classifier import Classifier, to_float
 from untrojan.models.decoders import Decoder
 from untrojan.models.encoders import Encoder
+from untrojan.models.frozen import trainable
 from untrojan.models.registry import build_for
 from untrojan.seeding import generator
 from untrojan.training import loop
@@ -137,11 +144,15 @@ def test_only_the_pairs_images_are_stamped(trained: tuple[Classifier, ImageSet, 
     model, clean, _ = trained
     moth = replace(QUICK, flip_fraction=0.05, stamped=0.5, pairs_at_once=2)
     turn = Turn(MaskGenerator())
-    states = moth._warm_up(model, clean, turn, 0, 9, None)
+    found = moth._universal(model, clean, turn.generator, 0, None)
+    states = moth._memory(model, clean, turn, 0, 9, found)
+    assert isinstance(states, PairStates)
     assert bool((states.gains.diagonal() == 0).all())
     assert bool((states.distances.diagonal() == 0).all())
     assert float(states.distances.max()) == 1
-    hardener = Hardener(moth, model, clean, (turn,), [states])
+    hardener = Hardener(
+        moth, model, clean, (turn,), [states], [(turn.generator.problem(0), states.universal)]
+    )
     images, labels = to_float(clean.images), clean.labels
     rows = torch.arange(len(labels))
     stamped, kept = hardener(images, labels, rows, torch.Generator().manual_seed(0))
@@ -185,7 +196,9 @@ def test_other_images_of_the_batch_get_the_triggers_of_their_own_class(
         painted = torch.tensor([[(4 * source + target + 1) / 100], [(4 * target + source + 1) / 100]])
         states.keep(painted, torch.ones(2), torch.tensor([True, True]))
     turns = (Turn(_Paint()),)  # type: ignore[arg-type]
-    hardener = Hardener(replace(QUICK, replayed=0.5), model, clean, turns, [states])
+    hardener = Hardener(
+        replace(QUICK, replayed=0.5), model, clean, turns, [states], [(_Paint(), states.universal)]
+    )
     images, labels = torch.ones(90, 3, 16, 16), clean.labels[:90]
     left = torch.arange(90) >= 10
     out = hardener._replay(images, labels, left, torch.Generator().manual_seed(0))
@@ -291,13 +304,74 @@ def test_universal_triggers_are_looked_for_anew_in_each_period(
     assert report.history["searches"]["made"] == len(visits)
 
 
+def test_the_warm_up_searches_more_than_once_and_stamps_all_that_it_found(
+    trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clean, _ = trained
+    found: list[Tensor] = []
+
+    def watching(*arguments: Any, **named: Any) -> Inversion:
+        result = invert(*arguments, **named)
+        found.append(result.parameters)
+        return result
+
+    monkeypatch.setattr(hardening, "invert", watching)
+    monkeypatch.setattr(MOTH, "opens", lambda *_: (MaskGenerator(), AdditiveGenerator()))
+    hardener = QUICK.hardener(trainable(model), clean, 16)
+    assert len(found) == 3
+    # The same kind from another place.
+    assert found[0].shape == found[1].shape
+    assert not torch.equal(found[0], found[1])
+    assert hardener.warm_up_steps == 12
+    images, labels, rows = to_float(clean.images), clean.labels, torch.arange(len(clean))
+    problems = (MaskGenerator().problem(0), MaskGenerator().problem(0), AdditiveGenerator().problem(0))
+    for problem, triggers in zip(problems, found[:3], strict=True):
+        for target in range(4):
+            stamped, _ = hardener(images, labels, rows, torch.Generator().manual_seed(0))
+            changed = (stamped != images).flatten(1).any(1)
+            assert not bool((labels[changed] == target).any())
+            wanted = problem.embed(triggers[target : target + 1], images[changed][None])[0]
+            assert torch.equal(stamped[changed], wanted)
+    # What came besides is not remembered: pairs follow.
+    assert len(hardener.memories) == 1
+    assert int(hardener.memories[0].left) == 0
+    hardener(images, labels, rows, torch.Generator().manual_seed(0))
+    assert int(hardener.memories[0].left) == QUICK.period - 1
+
+
+def test_a_mixed_warm_up_has_all_kinds_in_each_step(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
+    model, clean, _ = trained
+    images, labels, rows = torch.ones(90, 3, 16, 16), clean.labels[:90], torch.arange(90)
+    problem = _Paint().problem(0)
+    # Of kind k into class t: a tenth of k and a hundredth of t.
+    triggers = [torch.arange(4.0)[:, None] / 100 + kind / 10 for kind in (1, 2, 3)]
+    stamped = {}
+    for mixed, kinds in ((False, triggers), (True, triggers), (False, triggers[:1]), (True, triggers[:1])):
+        hardener = _painting(replace(QUICK, mixed=mixed), model, clean)
+        hardener.warm_up = [(problem, each) for each in kinds]
+        assert hardener.warm_up_steps == 4 * len(kinds)
+        random = torch.Generator().manual_seed(1)
+        seen = [hardener(images, labels, rows, random)[0][:, 0, 0, 0] for _ in range(hardener.warm_up_steps)]
+        stamped[mixed, len(kinds)] = torch.stack(seen)
+    for step, (apart, together) in enumerate(zip(stamped[False, 3], stamped[True, 3], strict=True)):
+        target, half = step % 4, int((labels != step % 4).sum()) // 2
+        assert torch.equal(apart < 1, together < 1)
+        assert not bool((together[labels == target] < 1).any())
+        values, counts = together[together < 1].unique(return_counts=True)
+        torch.testing.assert_close(values, torch.tensor([0.1, 0.2, 0.3]) + target / 100)
+        assert counts.tolist() == [len(range(half)[kind::3]) for kind in range(3)]
+        torch.testing.assert_close(apart[apart < 1].unique(), values[step // 4 : step // 4 + 1])
+    # MOTH's, of one kind, is as it was.
+    assert torch.equal(stamped[False, 1], stamped[True, 1])
+
+
 def test_universal_triggers_go_on_a_share_of_all_images_each_towards_another_class(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
     states = UniversalStates(torch.zeros(4, 1), torch.ones(4), periods=3)
     turns = (Turn(_Paint(), universal=0.5),)  # type: ignore[arg-type]
-    hardener = Hardener(QUICK, model, clean, turns, [states])
+    hardener = Hardener(QUICK, model, clean, turns, [states], [(_Paint(), states.universal)])
     pairs = torch.tensor([[ANY, target] for target in range(4)])
     grey = torch.tensor([[0.1], [0.2], [0.3], [0.4]])
     solved = torch.tensor([True, False, True, True])
@@ -406,7 +480,7 @@ def test_an_interrupted_hardening_goes_on_as_if_it_had_not_been(
 def _painting(settings: Hardening, model: Classifier, clean: ImageSet) -> Hardener:
     """A hardener that has nothing to remember yet."""
     states = PairStates(torch.zeros(4, 4), torch.ones(4, 4), torch.zeros(4, 1), pairs_at_once=1, periods=9)
-    return Hardener(settings, model, clean, (Turn(_Paint()),), [states])  # type: ignore[arg-type]
+    return Hardener(settings, model, clean, (Turn(_Paint()),), [states], [(_Paint(), states.universal)])  # type: ignore[arg-type]
 
 
 def test_the_given_model_teaches_what_it_says_of_images_without_triggers(
@@ -601,6 +675,9 @@ def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
     beside = [WarpGenerator, FilterGenerator, WarpGenerator, MaskGenerator, WarpGenerator]
     assert [type(turn.generator) for turn in turns] == [FeatureGenerator, FeatureGenerator, *beside]
     assert [turn.universal for turn in turns] == [0, 0, *5 * [0.3]]
+    opening = deck.opens(deck.generator(model, clean), clean)
+    assert [type(each) for each in opening] == [*2 * [FeatureGenerator], *3 * [AdditiveGenerator]]
+    assert deck.mixed
     # A kind that is named more than once is not searched for from the same place.
     memories = deck.hardener(model, clean, 60).memories
     assert not torch.equal(memories[2].universal, memories[4].universal)

@@ -72,8 +72,11 @@ class DeckAdaptive(CraftedAttack):
         images = data.train
         rows = selected_rows(images, self._poisoning(), seed)
         victim = trainable(needed(model, "deck-adaptive"))
-        # The attacker's loss is the attack's own: there is nothing to be taught by.
-        hardening = DECK(encoder=self.encoder, taught=0, pasted=0, seed=seed)
+        # The attacker's loss is the attack's own: there is nothing to be taught by. Nor is there a backdoor
+        # yet for the warm-up to search for more than once.
+        hardening = DECK(
+            encoder=self.encoder, opening=(), mixed=False, taught=0, pasted=0, seed=seed
+        )  # fmt: skip
         return self.learned(victim, images, rows, hardening, seed, scratch)
 
     def learned(

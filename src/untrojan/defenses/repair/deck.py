@@ -42,11 +42,13 @@ class DECK(Hardening):
     """:mod:`untrojan.defenses.repair.hardening` with DECK's feature-space generator.
 
     D is the features' mean squared change. The paper searches for changes of features alone and trains with
-    the labels alone. That left most of a strong WaNet and much of Invisible, so by default there are three
+    the labels alone. That left most of a strong WaNet and much of Invisible, so by default there are four
     things besides that are ours: every other of those searches sets out from the images themselves
-    (``relative``); warpings, filters and patches are searched for as well (``beside``); and what the given
-    model says of images without triggers is taught (``taught``, ``pasted``). ``relative=(False, False)``,
-    ``beside=()``, ``taught=0``, ``pasted=0`` and ``learning_rate=2e-3`` leave them out.
+    (``relative``); warpings, filters and patches are searched for as well (``beside``); the warm-up searches
+    more than once and stamps all that it found in each of its steps (``opening``, ``mixed``); and what the
+    given model says of images without triggers is taught (``taught``, ``pasted``).
+    ``relative=(False, False)``, ``beside=()``, ``opening=()``, ``mixed=False``, ``taught=0``, ``pasted=0``
+    and ``learning_rate=2e-3`` leave them out.
 
     Raises UntrojanError, besides, where the encoder is not to be had or no good enough decoder for it can be
     trained on the clean images, and where there are not as many search rates as costs.
@@ -73,6 +75,17 @@ class DECK(Hardening):
     """Whether triggers set out from the images themselves, by the same turns:
     :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do. Either kind
     has a warm-up and a memory of its own. More than two searches may take turns."""
+    opening: tuple[Literal["features", "warping", "filter", "mask", "additive"], ...] = (
+        "features",
+        "features",
+        "additive",
+        "additive",
+        "additive",
+    )
+    """Further searches of the warm-up: of the given model, which answers to a backdoor as no later one does.
+    Each sets out from a place of its own and adds a step for each class. A single search of features misses
+    SIG's stripes now and then, and most of them outlast hardening then. Ours."""
+    mixed: bool = True
     beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = (
         "warping",
         "filter",
@@ -134,6 +147,9 @@ class DECK(Hardening):
             for place, name in enumerate(self.beside)
         )
         return (*turns, *others)
+
+    def opens(self, generator: Generator, clean: ImageSet) -> tuple[Generator, ...]:
+        return tuple(generator if name == "features" else _BESIDE[name](clean) for name in self.opening)
 
     def told(self, generator: Generator) -> dict[str, Any]:
         assert isinstance(generator, FeatureGenerator)

@@ -95,6 +95,11 @@ class Hardening:
     """Weight, beside all that, of the same divergence for images without triggers that have a rectangle of
     another one pasted in: few images in many combinations teach more of what the model knows. What it takes
     for neither image's class teaches nothing. Ours."""
+    mixed: bool = False
+    """In a step of the warm-up, triggers into one class of all kinds, on some of the images each, in place of
+    a single kind's on all of them: there are as many steps either way. A kind that answers to a backdoor then
+    has a part in unlearning it from the first step to the warm-up's last, and not in one step alone, from
+    which it comes back. Ours."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -126,6 +131,11 @@ class Hardening:
         """Searches that take turns from period to period."""
         return (Turn(generator),)
 
+    def opens(self, generator: Generator, clean: ImageSet) -> tuple[Generator, ...]:
+        """Searches of the warm-up besides the first one of each kind: the given model answers to a backdoor
+        as no later one does, and a single search may miss it."""
+        return ()
+
     def rate(self, model: Classifier) -> float:
         """The learning rate for ``model``."""
         return self.learning_rate
@@ -141,7 +151,8 @@ class Hardening:
         self._check(model, clean)
         generator = self.generator(model, clean)
         turns = self.by_turns(generator, clean)
-        warm_up = clean.num_classes * _kinds(turns)
+        opening = self.opens(generator, clean)
+        warm_up = clean.num_classes * (_kinds(turns) + len(opening))
         epochs = epochs_for(warm_up + self.steps, len(clean), self.batch_size)
         recipe = Recipe(
             epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.rate(model),
@@ -150,7 +161,7 @@ class Hardening:
         )  # fmt: skip
         steps = epochs * -(-len(clean) // self.batch_size)
         repaired = trainable(model)
-        hardener = self._hardener(repaired, clean, turns, steps, checkpoint)
+        hardener = self._hardener(repaired, clean, turns, opening, steps, checkpoint)
         history = train(
             repaired, clean, recipe, seed=self.seed, checkpoint=checkpoint, description="hardening",
             augmented_transform=hardener, loss=hardener.loss,
@@ -170,24 +181,35 @@ class Hardening:
         The model is looked at as it is now, and whenever a batch comes. Raises UntrojanError as calling does.
         """
         self._check(model, clean)
-        turns = self.by_turns(self.generator(model, clean), clean)
-        return self._hardener(model, clean, turns, steps, checkpoint)
+        generator = self.generator(model, clean)
+        turns, opening = self.by_turns(generator, clean), self.opens(generator, clean)
+        return self._hardener(model, clean, turns, opening, steps, checkpoint)
 
     def _hardener(
         self,
         model: Classifier,
         clean: ImageSet,
         turns: tuple[Turn, ...],
+        opening: tuple[Generator, ...],
         steps: int,
         checkpoint: Path | None,
     ) -> Hardener:
         kinds = _kinds(turns)
-        periods = max(1, -(-(steps - kinds * clean.num_classes) // self.period))
+        periods = max(1, -(-(steps - clean.num_classes * (kinds + len(opening))) // self.period))
+        searched = [_first_of(turns, kind).generator for kind in range(kinds)]
+        found = [
+            self._universal(model, clean, each, place, checkpoint)
+            for place, each in enumerate((*searched, *opening))
+        ]
         memories = [
-            self._warm_up(model, clean, _first_of(turns, kind), kind, periods, checkpoint)
+            self._memory(model, clean, _first_of(turns, kind), kind, periods, found[kind])
             for kind in range(kinds)
         ]
-        return Hardener(self, model, clean, turns, memories)
+        warm_up = [
+            (each.problem(self.seed), inversion.parameters)
+            for each, inversion in zip((*searched, *opening), found, strict=True)
+        ]
+        return Hardener(self, model, clean, turns, memories, warm_up)
 
     def told(self, generator: Generator) -> dict[str, Any]:
         """What else the history says."""
@@ -238,32 +260,32 @@ class Hardening:
                 f"{after:.1%}; lower the learning rate (learning_rate={self.learning_rate / 10:g})"
             )
 
-    def _warm_up(
-        self,
-        model: Classifier,
-        clean: ImageSet,
-        turn: Turn,
-        kind: int,
-        periods: int,
-        checkpoint: Path | None,
-    ) -> PairStates | UniversalStates:
-        """Universal triggers for all classes at once, on ten images of each."""
-        generator, seed = turn.generator, self.seed + kind
-        problem = generator.problem(seed)
-        sample = some_of_each(clean, 10, seed, "warm-up")
-        number = f"-{kind}" if kind else ""
-        place = (
+    def _universal(
+        self, model: Classifier, clean: ImageSet, generator: Generator, place: int, checkpoint: Path | None
+    ) -> Inversion:
+        """The warm-up's search at that place: triggers for all classes at once, on ten images of each."""
+        seed, number = self.seed + place, f"-{place}" if place else ""
+        kept = (
             None
             if checkpoint is None
             else checkpoint.with_name(f"universal{number}-{checkpoint.stem}.safetensors")
         )
-        found = invert(
-            model, sample, _from_any(clean), problem, self.schedules(generator)[0], seed=seed,
-            checkpoint=place, description="inverting universal triggers",
+        return invert(
+            model, some_of_each(clean, 10, seed, "warm-up"), _from_any(clean), generator.problem(seed),
+            self.schedules(generator)[0], seed=seed, checkpoint=kept,
+            description="inverting universal triggers",
         )  # fmt: skip
+
+    def _memory(
+        self, model: Classifier, clean: ImageSet, turn: Turn, kind: int, periods: int, found: Inversion
+    ) -> PairStates | UniversalStates:
+        """Of a kind of trigger, with what the warm-up found."""
+        seed = self.seed + kind
         if turn.universal:
-            return UniversalStates(found.parameters, problem.size(found.parameters), periods)
-        gains, sizes = universal_effects(model, sample, generator, seed, found)
+            sizes = turn.generator.problem(seed).size(found.parameters)
+            return UniversalStates(found.parameters, sizes, periods)
+        sample = some_of_each(clean, 10, seed, "warm-up")
+        gains, sizes = universal_effects(model, sample, turn.generator, seed, found)
         return PairStates(gains, sizes, found.parameters, self.pairs_at_once, periods)
 
 
@@ -343,14 +365,17 @@ class Hardener:
         clean: ImageSet,
         turns: tuple[Turn, ...],
         memories: Sequence[PairStates | UniversalStates],
+        warm_up: Sequence[tuple[Problem, Tensor]],
     ) -> None:
+        """``warm_up`` has kinds of triggers, each with parameters (K, ...) into every class, which are
+        stamped before all others, in a step each."""
         self.settings, self.model, self.clean = settings, model, clean
         self.given = frozen(model) if settings.taught or settings.pasted else model
         self.answers = Answers()
         """The given model's for the batch in hand, ..."""
         self.pasted, self.pasted_answers = torch.empty(0), Answers()
         """... the batch with rectangles pasted in, and those for it."""
-        self.turns, self.memories = turns, memories
+        self.turns, self.memories, self.warm_up = turns, memories, warm_up
         self.step = torch.zeros((), dtype=torch.int64)
         kinds = range(len(memories))
         self.problems = [_first_of(turns, kind).generator.problem(settings.seed) for kind in kinds]
@@ -379,7 +404,7 @@ class Hardener:
 
     @property
     def warm_up_steps(self) -> int:
-        return self.clean.num_classes * len(self.memories)
+        return self.clean.num_classes * len(self.warm_up)
 
     def __call__(
         self, images: Tensor, labels: Tensor, rows: Tensor, random: torch.Generator
@@ -455,11 +480,13 @@ class Hardener:
 
     def _stamp_universal(self, images: Tensor, labels: Tensor, step: int, random: torch.Generator) -> Tensor:
         """Half of the other classes' images get a target's trigger."""
-        kind, target = divmod(step, self.clean.num_classes)
+        place, target = divmod(step, self.clean.num_classes)
         others = (labels != target).nonzero().flatten()
         drawn = torch.randperm(len(others), generator=random)[: len(others) // 2].to(labels.device)
-        parameters = self.memories[kind].universal[target]
-        return self._embedded(self.problems[kind], images, others[drawn], parameters)
+        rows, kinds = others[drawn], self.warm_up if self.settings.mixed else self.warm_up[place : place + 1]
+        for first, (problem, triggers) in enumerate(kinds):
+            images = self._embedded(problem, images, rows[first :: len(kinds)], triggers[target])
+        return images
 
     def _in_turn(self) -> tuple[PairStates | UniversalStates, bool]:
         """The memory whose period it is, and whether it begins: then the one before is closed."""
