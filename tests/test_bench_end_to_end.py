@@ -78,7 +78,7 @@ def test_a_plan_runs_resumes_and_gives_its_table(tmp_path: Path, signs: Path) ->
     data = {"tiny-signs": str(signs)}
     assert {each["status"] for each in list_plan(plan, out, data=data)} == {"to do"}
     assert not out.exists()
-    first = run_plan(plan, out, only="*/square/none/*", data=data)
+    first = run_plan(plan, out, only=["*/square/none/*"], data=data)
     assert (first.done, first.failed, first.left) == (1, (), 0)
     summary = run_plan(plan, out, data=data)
     assert (summary.done, summary.failed, summary.left) == (3, (), 0)
@@ -109,7 +109,7 @@ class Bench:
         plan, self.folder = folder / "plan.toml", folder
         plan.write_text(PLAN.replace("epochs = 8", "epochs = 1"))
         self.sources = {"tiny-signs": str(signs)}
-        run_plan(plan, folder / "out", only="*/none/*", data=self.sources)
+        run_plan(plan, folder / "out", only=["*/none/*"], data=self.sources)
         store = Store(folder / "out" / "store")
         self.inputs = {}
         for cell in expand(read_plan(plan)):
@@ -212,12 +212,12 @@ def test_wrong_data_are_found_before_anything_runs(tmp_path: Path, signs: Path) 
 def test_data_that_changed_are_refused(tmp_path: Path, signs: Path) -> None:
     plan, out = tmp_path / "plan.toml", tmp_path / "out"
     plan.write_text(PLAN.replace("epochs = 8", "epochs = 1"))
-    run_plan(plan, out, only="*/clean/none/*", data={"tiny-signs": str(signs)})
+    run_plan(plan, out, only=["*/clean/none/*"], data={"tiny-signs": str(signs)})
     other = tmp_path / "other.npz"
     with np.load(signs) as known:
         arrays = dict(known)
     arrays["x_train"] = 255 - arrays["x_train"]
     np.savez(other, **arrays)
-    summary = run_plan(plan, out, only="*/square/none/*", data={"tiny-signs": str(other)})
+    summary = run_plan(plan, out, only=["*/square/none/*"], data={"tiny-signs": str(other)})
     assert len(summary.failed) == 1
     assert "are not those this folder was begun with" in summary.failed[0]

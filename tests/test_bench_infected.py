@@ -192,7 +192,11 @@ def test_an_infected_model_is_mended_and_trained_on(tmp_path: Path) -> None:
     text = with_repairs(PLAN.split("[[tables]]")[0])
     plan, results = written(tmp_path, text), tmp_path / "results"
     run_plan(
-        plan, tmp_path / "store", results=results, only="*/rbt/*", data={"signs": str(tmp_path / "signs.npz")}
+        plan,
+        tmp_path / "store",
+        results=results,
+        only=["*/rbt/*"],
+        data={"signs": str(tmp_path / "signs.npz")},
     )
     files = {
         path.stem.split("__")[3]: json.loads(path.read_text())["result"] for path in results.rglob("*.json")

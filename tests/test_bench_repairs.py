@@ -144,7 +144,7 @@ def test_a_cell_is_repaired_measured_and_told_of(tmp_path: Path) -> None:
     )
     plan, results = written(tmp_path, fewer), tmp_path / "results"
     summary = run_plan(
-        plan, tmp_path / "store", results=results, only="*/blend/*",
+        plan, tmp_path / "store", results=results, only=["*/blend/*"],
         data={"signs": str(tmp_path / "signs.npz")},
     )  # fmt: skip
     assert summary.failed == ()

@@ -287,6 +287,8 @@ def test_an_executor_of_ones_own(tmp_path: Path) -> None:
 
 def test_only() -> None:
     cells = [cell(name, stage(name)) for name in ("A-1SC", "A-3SC", "B-1SC")]
-    assert [each.name for each in select(cells, "A-*/0")] == ["A-1SC/0", "A-3SC/0"]
+    assert [each.name for each in select(cells, ["A-*/0"])] == ["A-1SC/0", "A-3SC/0"]
+    assert [each.name for each in select(cells, ["B-*", "A-1*"])] == ["A-1SC/0", "B-1SC/0"]
+    assert select(cells, []) == cells
     with pytest.raises(UntrojanError, match="matches none of 3 cells, such as 'A-1SC/0'"):
-        select(cells, "Z*")
+        select(cells, ["A-*", "Z*"])

@@ -96,7 +96,7 @@ def test_a_cell_is_trained_scored_and_told_of(tmp_path: Path) -> None:
     save_npz(tmp_path / "signs.npz", made.train, made.test)
     plan, results = written(tmp_path, PLAN.replace("[0, 1]", "[0]")), tmp_path / "results"
     run_plan(
-        plan, tmp_path / "store", results=results, only="*/badnets/*",
+        plan, tmp_path / "store", results=results, only=["*/badnets/*"],
         data={"signs": str(tmp_path / "signs.npz")},
     )  # fmt: skip
     files = {path.stem.split("__")[3]: json.loads(path.read_text()) for path in results.rglob("*.json")}

@@ -69,7 +69,7 @@ def run_plan(
     *,
     results: Path | None = None,
     budget: float | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     workers: int = 1,
     retry_failed: bool = False,
     data: Mapping[str, str] | None = None,
@@ -79,8 +79,8 @@ def run_plan(
 
     ``out`` holds the store, and the results unless ``results`` names another folder for them; the results
     lie in a folder of the plan's name. ``budget`` is in seconds: no stage is begun that, by what its like
-    have taken, would not end in time. ``only`` is a pattern that a cell's name (``data/net/attack/
-    defense/seed``) must match. ``data`` gives paths for the plan's data names.
+    have taken, would not end in time. ``only`` are patterns of which a cell's name (``data/net/attack/
+    defense/seed``) must match one, where there are any. ``data`` gives paths for the plan's data names.
 
     Raises UntrojanError where the plan, the data or an option is wrong, before anything runs, and where
     the disk is full.
@@ -113,7 +113,7 @@ def list_plan(
     out: Path,
     *,
     results: Path | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     data: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """A dry run: for each cell its name, its status and its stages, with what is done and what is shared.
@@ -313,16 +313,22 @@ def cells_folder(out: Path, results: Path | None, plan_name: str) -> Path:
     return (results or out / "results") / plan_name / "cells"
 
 
-def select(cells: Iterable[Cell], only: str | None) -> list[Cell]:
-    """The cells whose name matches the pattern. Raises UntrojanError where none does."""
+def select(cells: Iterable[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells whose name matches one of the patterns, or all where there are none.
+
+    Raises UntrojanError where a pattern matches no cell.
+    """
     everything = list(cells)
-    if only is None:
-        return everything
-    chosen = [cell for cell in everything if fnmatch.fnmatchcase(cell.name, only)]
-    if not chosen:
-        example = everything[0].name if everything else "none"
-        raise UntrojanError(f"--only {only!r} matches none of {len(everything)} cells, such as {example!r}")
-    return chosen
+    for pattern in only:
+        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in everything):
+            example = everything[0].name if everything else "none"
+            raise UntrojanError(
+                f"--only {pattern!r} matches none of {len(everything)} cells, such as {example!r}"
+            )
+    return [
+        cell for cell in everything
+        if not only or any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in only)
+    ]  # fmt: skip
 
 
 def _stage_status(store: Store | None, stage: Stage) -> str:

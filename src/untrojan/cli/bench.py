@@ -27,7 +27,8 @@ Results = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of the result files; inside --out by default.")
 ]
 Only = Annotated[
-    str | None, typer.Option(metavar="PATTERN", help="Cells to take: data/net/attack/defense/seed, with *.")
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Cells to take: data/net/attack/defense/seed, with *; repeatable."),
 ]
 DataPaths = Annotated[
     list[str] | None,
@@ -65,7 +66,7 @@ def run(
         out,
         results=results,
         budget=seconds,
-        only=only,
+        only=only or (),
         workers=workers,
         retry_failed=retry_failed,
         data=paths(data),
@@ -107,7 +108,7 @@ def list_cells(
     """
     from untrojan.bench.runner import list_plan
 
-    cells = list_plan(plan, out, results=results, only=only, data=paths(data))
+    cells = list_plan(plan, out, results=results, only=only or (), data=paths(data))
     rows = [
         [cell["cell"], cell["status"], ", ".join(s["label"] for s in cell["stages"] if s["status"] != "done")]
         for cell in cells
