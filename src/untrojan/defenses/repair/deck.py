@@ -84,7 +84,7 @@ class DECK(Hardening):
     )
     """Further searches of the warm-up: of the given model, which answers to a backdoor as no later one does.
     Each sets out from a place of its own and adds a step for each class. A single search of features misses
-    SIG's stripes now and then, and most of them outlast hardening then. Ours."""
+    SIG's stripes now and then, and many then outlast hardening. Ours."""
     mixed: bool = True
     beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = (
         "warping",

@@ -151,8 +151,8 @@ class Hardening:
         self._check(model, clean)
         generator = self.generator(model, clean)
         turns = self.by_turns(generator, clean)
-        opening = self.opens(generator, clean)
-        warm_up = clean.num_classes * (_kinds(turns) + len(opening))
+        searches = (*_first_searches(turns), *self.opens(generator, clean))
+        warm_up = clean.num_classes * len(searches)
         epochs = epochs_for(warm_up + self.steps, len(clean), self.batch_size)
         recipe = Recipe(
             epochs=epochs, batch_size=self.batch_size, optimizer="sgd", learning_rate=self.rate(model),
@@ -161,7 +161,7 @@ class Hardening:
         )  # fmt: skip
         steps = epochs * -(-len(clean) // self.batch_size)
         repaired = trainable(model)
-        hardener = self._hardener(repaired, clean, turns, opening, steps, checkpoint)
+        hardener = self._hardener(repaired, clean, turns, searches, steps, checkpoint)
         history = train(
             repaired, clean, recipe, seed=self.seed, checkpoint=checkpoint, description="hardening",
             augmented_transform=hardener, loss=hardener.loss,
@@ -182,32 +182,30 @@ class Hardening:
         """
         self._check(model, clean)
         generator = self.generator(model, clean)
-        turns, opening = self.by_turns(generator, clean), self.opens(generator, clean)
-        return self._hardener(model, clean, turns, opening, steps, checkpoint)
+        turns = self.by_turns(generator, clean)
+        searches = (*_first_searches(turns), *self.opens(generator, clean))
+        return self._hardener(model, clean, turns, searches, steps, checkpoint)
 
     def _hardener(
         self,
         model: Classifier,
         clean: ImageSet,
         turns: tuple[Turn, ...],
-        opening: tuple[Generator, ...],
+        searches: tuple[Generator, ...],
         steps: int,
         checkpoint: Path | None,
     ) -> Hardener:
-        kinds = _kinds(turns)
-        periods = max(1, -(-(steps - clean.num_classes * (kinds + len(opening))) // self.period))
-        searched = [_first_of(turns, kind).generator for kind in range(kinds)]
+        periods = max(1, -(-(steps - clean.num_classes * len(searches)) // self.period))
         found = [
-            self._universal(model, clean, each, place, checkpoint)
-            for place, each in enumerate((*searched, *opening))
+            self._universal(model, clean, each, place, checkpoint) for place, each in enumerate(searches)
         ]
         memories = [
             self._memory(model, clean, _first_of(turns, kind), kind, periods, found[kind])
-            for kind in range(kinds)
+            for kind in range(_kinds(turns))
         ]
         warm_up = [
             (each.problem(self.seed), inversion.parameters)
-            for each, inversion in zip((*searched, *opening), found, strict=True)
+            for each, inversion in zip(searches, found, strict=True)
         ]
         return Hardener(self, model, clean, turns, memories, warm_up)
 
@@ -300,6 +298,11 @@ def _from_any(clean: ImageSet) -> Tensor:
 
 def _first_of(turns: tuple[Turn, ...], kind: int) -> Turn:
     return next(turn for turn in turns if turn.memory == kind)
+
+
+def _first_searches(turns: tuple[Turn, ...]) -> tuple[Generator, ...]:
+    """The first of each kind, in the kinds' order."""
+    return tuple(_first_of(turns, kind).generator for kind in range(_kinds(turns)))
 
 
 @torch.no_grad()
