@@ -654,6 +654,13 @@ def test_decks_starts_go_by_turns_each_with_a_memory_of_its_own(
         assert [turn.memory for turn in more] == [first, first + 1, first + 2, first + 3]
         sought = [type(turn.generator.problem(0)) for turn in more]
         assert sought == [SmoothWarp, FilterMatrix, MaskedPattern, FlippingPattern]
+        # The warm-up's further searches are named, whichever kind has the first turn.
+        opening = replace(deck, opening=("features", "relative", "warping"))
+        paper, own, warping = opening.opens(opening.generator(model, clean), clean)
+        assert isinstance(paper, FeatureGenerator)
+        assert isinstance(own, FeatureGenerator)
+        assert (paper.relative, own.relative) == (False, True)
+        assert isinstance(warping, WarpGenerator)
 
 
 @pytest.mark.usefixtures("quick")

@@ -75,7 +75,7 @@ class DECK(Hardening):
     """Whether triggers set out from the images themselves, by the same turns:
     :attr:`~untrojan.inversion.feature_space.FeatureSpacePattern.relative`. The paper's never do. Either kind
     has a warm-up and a memory of its own. More than two searches may take turns."""
-    opening: tuple[Literal["features", "warping", "filter", "mask", "additive"], ...] = (
+    opening: tuple[Literal["features", "relative", "warping", "filter", "mask", "additive"], ...] = (
         "features",
         "features",
         "additive",
@@ -83,7 +83,8 @@ class DECK(Hardening):
         "additive",
     )
     """Further searches of the warm-up: of the given model, which answers to a backdoor as no later one does.
-    Each sets out from a place of its own and adds a step for each class. A single search of features misses
+    Each sets out from a place of its own and adds a step for each class. ``features`` are the paper's,
+    ``relative`` set out from the images themselves. A single search of features misses
     SIG's stripes now and then, and many then outlast hardening. Ours."""
     mixed: bool = True
     beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = (
@@ -149,7 +150,12 @@ class DECK(Hardening):
         return (*turns, *others)
 
     def opens(self, generator: Generator, clean: ImageSet) -> tuple[Generator, ...]:
-        return tuple(generator if name == "features" else _BESIDE[name](clean) for name in self.opening)
+        assert isinstance(generator, FeatureGenerator)
+        of_features = {"features": False, "relative": True}
+        return tuple(
+            replace(generator, relative=of_features[name]) if name in of_features else _BESIDE[name](clean)
+            for name in self.opening
+        )
 
     def told(self, generator: Generator) -> dict[str, Any]:
         assert isinstance(generator, FeatureGenerator)
