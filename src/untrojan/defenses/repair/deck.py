@@ -150,12 +150,13 @@ class DECK(Hardening):
         return (*turns, *others)
 
     def opens(self, generator: Generator, clean: ImageSet) -> tuple[Generator, ...]:
-        assert isinstance(generator, FeatureGenerator)
-        of_features = {"features": False, "relative": True}
-        return tuple(
-            replace(generator, relative=of_features[name]) if name in of_features else _BESIDE[name](clean)
-            for name in self.opening
-        )
+        def named(name: str) -> Generator:
+            if name not in ("features", "relative"):
+                return _BESIDE[name](clean)
+            assert isinstance(generator, FeatureGenerator)
+            return replace(generator, relative=name == "relative")
+
+        return tuple(named(name) for name in self.opening)
 
     def told(self, generator: Generator) -> dict[str, Any]:
         assert isinstance(generator, FeatureGenerator)
