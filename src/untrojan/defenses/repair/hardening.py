@@ -371,7 +371,7 @@ class Hardener:
         warm_up: Sequence[tuple[Problem, Tensor]],
     ) -> None:
         """``warm_up`` has kinds of triggers, each with parameters (K, ...) into every class, which are
-        stamped before all others, in a step each."""
+        stamped before all others, in as many steps as there are."""
         self.settings, self.model, self.clean = settings, model, clean
         self.given = frozen(model) if settings.taught or settings.pasted else model
         self.answers = Answers()
