@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -339,30 +340,40 @@ def test_the_warm_up_searches_more_than_once_and_stamps_all_that_it_found(
     assert int(hardener.memories[0].left) == QUICK.period - 1
 
 
-def test_a_mixed_warm_up_has_all_kinds_in_each_step(trained: tuple[Classifier, ImageSet, ImageSet]) -> None:
+def test_a_mixed_warm_up_has_so_many_kinds_in_each_step(
+    trained: tuple[Classifier, ImageSet, ImageSet],
+) -> None:
     model, clean, _ = trained
     images, labels, rows = torch.ones(90, 3, 16, 16), clean.labels[:90], torch.arange(90)
     problem = _Paint().problem(0)
     # Of kind k into class t: a tenth of k and a hundredth of t.
     triggers = [torch.arange(4.0)[:, None] / 100 + kind / 10 for kind in (1, 2, 3)]
     stamped = {}
-    for mixed, kinds in ((False, triggers), (True, triggers), (False, triggers[:1]), (True, triggers[:1])):
+    for mixed, kinds in itertools.product((1, 2, 3, 9), (triggers, triggers[:1])):
         hardener = _painting(replace(QUICK, mixed=mixed), model, clean)
         hardener.warm_up = [(problem, each) for each in kinds]
         assert hardener.warm_up_steps == 4 * len(kinds)
         random = torch.Generator().manual_seed(1)
         seen = [hardener(images, labels, rows, random)[0][:, 0, 0, 0] for _ in range(hardener.warm_up_steps)]
         stamped[mixed, len(kinds)] = torch.stack(seen)
-    for step, (apart, together) in enumerate(zip(stamped[False, 3], stamped[True, 3], strict=True)):
-        target, half = step % 4, int((labels != step % 4).sum()) // 2
-        assert torch.equal(apart < 1, together < 1)
-        assert not bool((together[labels == target] < 1).any())
-        values, counts = together[together < 1].unique(return_counts=True)
-        torch.testing.assert_close(values, torch.tensor([0.1, 0.2, 0.3]) + target / 100)
-        assert counts.tolist() == [len(range(half)[kind::3]) for kind in range(3)]
-        torch.testing.assert_close(apart[apart < 1].unique(), values[step // 4 : step // 4 + 1])
-    # MOTH's, of one kind, is as it was.
-    assert torch.equal(stamped[False, 1], stamped[True, 1])
+    together: dict[int, list[list[int]]] = {
+        1: [[1], [2], [3]],
+        2: [[1, 2], [2, 3], [1, 3]],
+        3: [[1, 2, 3]] * 3,
+    }
+    for mixed, wanted in together.items():
+        for step, values in enumerate(stamped[mixed, 3]):
+            place, target = divmod(step, 4)
+            half = int((labels != target).sum()) // 2
+            # The same images get a trigger, whichever it is.
+            assert torch.equal(values < 1, stamped[1, 3][step] < 1)
+            assert not bool((values[labels == target] < 1).any())
+            kinds, counts = values[values < 1].unique(return_counts=True)
+            torch.testing.assert_close(kinds, torch.tensor(wanted[place]) / 10 + target / 100)
+            assert sorted(counts) == sorted(len(range(half)[first::mixed]) for first in range(mixed))
+    # More kinds than there are, or one, as MOTH has: all of them.
+    assert torch.equal(stamped[9, 3], stamped[3, 3])
+    assert all(torch.equal(stamped[mixed, 1], stamped[1, 1]) for mixed in (2, 3, 9))
 
 
 def test_universal_triggers_go_on_a_share_of_all_images_each_towards_another_class(
@@ -684,7 +695,7 @@ def test_deck_hardens_with_other_kinds_of_triggers_beside_its_own(
     assert [turn.universal for turn in turns] == [0, 0, *5 * [0.3]]
     opening = deck.opens(deck.generator(model, clean), clean)
     assert [type(each) for each in opening] == [*2 * [FeatureGenerator], *3 * [AdditiveGenerator]]
-    assert deck.mixed
+    assert deck.mixed == 6
     # A kind that is named more than once is not searched for from the same place.
     memories = deck.hardener(model, clean, 60).memories
     assert not torch.equal(memories[2].universal, memories[4].universal)

@@ -75,7 +75,7 @@ class DeckAdaptive(CraftedAttack):
         # The attacker's loss is the attack's own: there is nothing to be taught by. Nor is there a backdoor
         # yet for the warm-up to search for more than once.
         hardening = DECK(
-            encoder=self.encoder, opening=(), mixed=False, taught=0, pasted=0, seed=seed
+            encoder=self.encoder, opening=(), mixed=1, taught=0, pasted=0, seed=seed
         )  # fmt: skip
         return self.learned(victim, images, rows, hardening, seed, scratch)
 

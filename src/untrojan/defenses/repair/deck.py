@@ -45,9 +45,9 @@ class DECK(Hardening):
     the labels alone. That left most of a strong WaNet and much of Invisible, so by default there are four
     things besides that are ours: every other of those searches sets out from the images themselves
     (``relative``); warpings, filters and patches are searched for as well (``beside``); the warm-up searches
-    more than once and stamps all that it found in each of its steps (``opening``, ``mixed``); and what the
+    more than once and stamps several kinds in each of its steps (``opening``, ``mixed``); and what the
     given model says of images without triggers is taught (``taught``, ``pasted``).
-    ``relative=(False, False)``, ``beside=()``, ``opening=()``, ``mixed=False``, ``taught=0``, ``pasted=0``
+    ``relative=(False, False)``, ``beside=()``, ``opening=()``, ``mixed=1``, ``taught=0``, ``pasted=0``
     and ``learning_rate=2e-3`` leave them out.
 
     Raises UntrojanError, besides, where the encoder is not to be had or no good enough decoder for it can be
@@ -86,7 +86,9 @@ class DECK(Hardening):
     Each sets out from a place of its own and adds a step for each class. ``features`` are the paper's,
     ``relative`` set out from the images themselves. A single search of features misses
     SIG's stripes now and then, and many then outlast hardening. Ours."""
-    mixed: bool = True
+    mixed: Annotated[int, Ge(1)] = 6
+    """Of twelve kinds by default. One at a time, SIG comes back to a VGG between them; all twelve at once,
+    to a ResNet."""
     beside: tuple[Literal["warping", "filter", "mask", "additive"], ...] = (
         "warping",
         "filter",

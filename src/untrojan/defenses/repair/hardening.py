@@ -95,11 +95,11 @@ class Hardening:
     """Weight, beside all that, of the same divergence for images without triggers that have a rectangle of
     another one pasted in: few images in many combinations teach more of what the model knows. What it takes
     for neither image's class teaches nothing. Ours."""
-    mixed: bool = False
-    """In a step of the warm-up, triggers into one class of all kinds, on some of the images each, in place of
-    a single kind's on all of them: there are as many steps either way. A kind that answers to a backdoor then
-    has a part in unlearning it from the first step to the warm-up's last, and not in one step alone, from
-    which it comes back. Ours."""
+    mixed: Annotated[int, Ge(1)] = 1
+    """Kinds of triggers, of all that the warm-up searched for, in one of its steps: into one class, each on
+    its part of the images. As many steps are taken either way. 1 stamps one kind for each class in turn, then
+    the next: one that answers to a backdoor has a part in the first steps or the last ones alone, and between
+    them it comes back. With too many, none has images enough to hold it down. Ours."""
     schedule: Literal["fast", "paper"] = "fast"
     """Steps and images of each inversion; see :meth:`schedules`."""
     flip_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
@@ -486,9 +486,11 @@ class Hardener:
         place, target = divmod(step, self.clean.num_classes)
         others = (labels != target).nonzero().flatten()
         drawn = torch.randperm(len(others), generator=random)[: len(others) // 2].to(labels.device)
-        rows, kinds = others[drawn], self.warm_up if self.settings.mixed else self.warm_up[place : place + 1]
-        for first, (problem, triggers) in enumerate(kinds):
-            images = self._embedded(problem, images, rows[first :: len(kinds)], triggers[target])
+        rows, count = others[drawn], len(self.warm_up)
+        mixed = min(self.settings.mixed, count)
+        for first in range(mixed):
+            problem, triggers = self.warm_up[(place + first * count // mixed) % count]
+            images = self._embedded(problem, images, rows[first::mixed], triggers[target])
         return images
 
     def _in_turn(self) -> tuple[PairStates | UniversalStates, bool]:
