@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from untrojan.cost import measure
 from untrojan.data.image_set import ImageSet, numbered
 from untrojan.errors import UntrojanError
 from untrojan.inversion.additive import AdditivePattern
@@ -130,7 +131,8 @@ def test_interrupted_search_resumes_to_the_same_result(
     monkeypatch.setattr("untrojan.inversion.engine.CHECKPOINT_SECONDS", 0.0)
     model = linear_model(3)
     data = grey_images(model, 3)
-    whole = invert(model, data, all_pairs(3), AdditivePattern(), FAST)
+    with measure() as cost:
+        whole = invert(model, data, all_pairs(3), AdditivePattern(), FAST)
     calls = 0
 
     class Interrupted(AdditivePattern):
@@ -145,9 +147,12 @@ def test_interrupted_search_resumes_to_the_same_result(
     with pytest.raises(KeyboardInterrupt):
         invert(model, data, all_pairs(3), Interrupted(), FAST, checkpoint=checkpoint)
     assert checkpoint.exists()
-    resumed = invert(model, data, all_pairs(3), AdditivePattern(), FAST, checkpoint=checkpoint)
-    assert torch.equal(resumed.parameters, whole.parameters)
-    assert torch.equal(resumed.steps, whole.steps)
+    for _ in ("resumed", "finished before"):
+        with measure() as resumed_cost:
+            resumed = invert(model, data, all_pairs(3), AdditivePattern(), FAST, checkpoint=checkpoint)
+        assert torch.equal(resumed.parameters, whole.parameters)
+        assert torch.equal(resumed.steps, whole.steps)
+        assert resumed_cost.so_far()[1:] == cost.so_far()[1:]
     with pytest.raises(UntrojanError, match="another search"):
         invert(model, data, all_pairs(3)[:2], AdditivePattern(), FAST, checkpoint=checkpoint)
 

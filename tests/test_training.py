@@ -57,7 +57,8 @@ def test_killed_run_resumes_bit_for_bit(
     recipe = replace(QUICK, optimizer=optimizer, schedule="one_cycle")
     data = coloured()
     whole = tiny_net()
-    expected = train(whole, data, recipe, seed=5)
+    with measure() as cost:
+        expected = train(whole, data, recipe, seed=5)
 
     calls = 0
 
@@ -74,11 +75,14 @@ def test_killed_run_resumes_bit_for_bit(
         train(killed, data, recipe, seed=5, checkpoint=checkpoint)
     handle.remove()
     resumed = tiny_net(seed=9)
-    history = train(resumed, data, recipe, seed=5, checkpoint=checkpoint)
+    with measure() as around, measure() as resumed_cost:
+        history = train(resumed, data, recipe, seed=5, checkpoint=checkpoint)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert [e.loss for e in history.epochs] == [e.loss for e in expected.epochs]
     assert [e.accuracy for e in history.epochs] == [e.accuracy for e in expected.epochs]
+    # What was done before counts, what was lost does not.
+    assert resumed_cost.so_far()[1:] == around.so_far()[1:] == cost.so_far()[1:]
 
 
 def test_hooks_that_keep_a_state_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +124,18 @@ def test_hooks_that_keep_a_state_resume_bit_for_bit(tmp_path: Path, monkeypatch:
 
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     checkpoint, data = tmp_path / "victim.pt", coloured()
-    train(tiny_net(), data, QUICK, checkpoint=checkpoint)
-    with measure() as cost:
+    with measure() as first:
         train(tiny_net(), data, QUICK, checkpoint=checkpoint)
-    assert cost.backwards == 0
+    passed: list[Tensor] = []
+    again = tiny_net()
+    again.register_forward_hook(lambda module, inputs, logits: passed.append(logits))
+    with measure() as cost:
+        train(again, data, QUICK, checkpoint=checkpoint)
+    assert not passed
+    # The model cost what it cost, whoever asks.
+    assert cost.so_far()[1:] == first.so_far()[1:]
+    assert cost.backwards > 0
+    assert cost.seconds > 0.5 * first.seconds
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ not depend on how the pairs were batched, beyond float rounding, and a killed ru
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from untrojan.cost import NOTHING, measure, recall
 from untrojan.data.image_set import ImageSet
 from untrojan.errors import UntrojanError
 from untrojan.models.classifier import Classifier, to_float
@@ -298,16 +299,18 @@ def invert(
     with (
         inside.watching(copied) if inside else nullcontext(),
         task(description, len(pairs), "pairs", done=int(state.finished.sum())) as bar,
+        measure() as cost,
     ):
+        recall(state.spent.tolist())
         last_saved = time.monotonic()
         while not state.finished.all():
             for active in state.chunks():
                 bar.advance(state.advance(active))
             if checkpoint is not None and time.monotonic() - last_saved > CHECKPOINT_SECONDS:
-                state.save(checkpoint)
+                state.save(checkpoint, cost.so_far())
                 last_saved = time.monotonic()
-    if checkpoint is not None:
-        state.save(checkpoint)
+        if checkpoint is not None:
+            state.save(checkpoint, cost.so_far())
     return Inversion(pairs, state.parameters, state.flips, state.solved, state.steps)
 
 
@@ -377,6 +380,8 @@ class _Search:
         self.next_confirmation = torch.zeros(count, dtype=torch.int64)
         self.solved = torch.zeros(count, dtype=torch.bool)
         self.finished = torch.zeros(count, dtype=torch.bool)
+        self.spent = torch.tensor(NOTHING, dtype=torch.float64)
+        """What the search had cost when it was last saved; see :meth:`~untrojan.cost.Cost.so_far`."""
         self.begin(count)
 
     def begin(self, count: int) -> None:
@@ -482,9 +487,10 @@ class _Search:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, spent: Sequence[float]) -> None:
         from safetensors.torch import save_file
 
+        self.spent = torch.tensor(spent, dtype=torch.float64)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         save_file({name: value.contiguous() for name, value in self._tensors().items()}, partial)

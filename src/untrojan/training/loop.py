@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from untrojan.cost import NOTHING, measure, recall
 from untrojan.data.augment import augment
 from untrojan.data.image_set import ImageSet
 from untrojan.errors import UntrojanError
@@ -114,7 +115,9 @@ def train(
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         task(description, recipe.epochs * len(data), "images", done=run.images_seen) as bar,
+        measure() as cost,
     ):
+        recall(run.spent)
         if run.random_state is None:
             torch.manual_seed(seed)
         else:
@@ -133,10 +136,10 @@ def train(
                 if after_epoch is not None:
                     after_epoch(len(run.history.epochs), epoch)
             if checkpoint is not None and time.monotonic() - last_saved > CHECKPOINT_SECONDS:
-                run.save(checkpoint)
+                run.save(checkpoint, cost.so_far())
                 last_saved = time.monotonic()
         if checkpoint is not None:
-            run.save(checkpoint)
+            run.save(checkpoint, cost.so_far())
     model.eval()
     return run.history
 
@@ -205,6 +208,7 @@ class _Run:
         self.step = 0
         self.history = TrainingHistory()
         self.random_state: Tensor | None = None
+        self.spent: Sequence[float] = NOTHING
         self.order = torch.empty(0, dtype=torch.int64)
         self._begin_epoch()
 
@@ -274,14 +278,15 @@ class _Run:
         identity = {"recipe": repr(self.recipe), "seed": self.seed, "data": self.data.fingerprint()}
         return {**identity, "method": self.method} if self.method else identity
 
-    def save(self, path: Path) -> None:
-        """Write everything the run would need to go on, or nothing."""
+    def save(self, path: Path, spent: Sequence[float]) -> None:
+        """Write everything the run would need to go on, and what it cost, or nothing."""
         state = {
             "identity": self._identity(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "step": self.step,
+            "spent": list(spent),
             "random_state": torch.get_rng_state(),
             "history": self.history.to_json(),
             "sums": [self.loss_sum, self.hits, self.counted],
@@ -314,6 +319,7 @@ class _Run:
             for name, value in self.state.items():
                 value.copy_(state["state"][name])
         self.step = state["step"]
+        self.spent = state.get("spent", NOTHING)
         self.history = TrainingHistory([Epoch(**epoch) for epoch in state["history"]])
         self.random_state = state["random_state"].cpu()
         self._begin_epoch()
