@@ -219,8 +219,8 @@ from untrojan.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 loop.CHECKPOINT_SECONDS = 0.0
 save = loop._Run.save
-def save_and_rest(run, path):
-    save(run, path)
+def save_and_rest(run, path, spent):
+    save(run, path, spent)
     # On a busy machine the run would else be over before the test is given the time to cut it off.
     time.sleep(0.3)
 loop._Run.save = save_and_rest

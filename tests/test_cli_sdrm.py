@@ -144,8 +144,8 @@ from untrojan.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 loop.CHECKPOINT_SECONDS = 0.0
 save = loop._Run.save
-def save_and_rest(run, path):
-    save(run, path)
+def save_and_rest(run, path, spent):
+    save(run, path, spent)
     time.sleep(0.3)
 loop._Run.save = save_and_rest
 sys.exit(main(sys.argv[1:]))

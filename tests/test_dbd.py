@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,8 @@ def test_a_run_that_was_killed_ends_the_same(tmp_path: Path, monkeypatch: Any) -
     saves, save = [0], loop._Run.save
     steps = -(-len(data) // 32)
 
-    def dying(run: Any, path: Path) -> None:
-        save(run, path)
+    def dying(run: Any, path: Path, spent: Sequence[float]) -> None:
+        save(run, path, spent)
         saves[0] += 1
         # In the last epoch of fine-tuning, so that the renewed split has to come from the checkpoint.
         if saves[0] == 2 * (steps + 1) + steps + 2:

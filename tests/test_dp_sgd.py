@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,8 @@ def test_a_run_that_was_killed_ends_the_same(dp: Any, tmp_path: Path, monkeypatc
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     saved, save = [0], loop._Run.save
 
-    def dying(run: Any, path: Path) -> None:
-        save(run, path)
+    def dying(run: Any, path: Path, spent: Sequence[float]) -> None:
+        save(run, path, spent)
         saved[0] += 1
         if saved[0] == 5:
             raise KeyboardInterrupt
