@@ -84,6 +84,7 @@ def cells_of(folder: Path, text: str) -> dict[str, Cell]:
             "defenses.re-wide",
             "flip_fraction = 1.9 is not valid",
         ),
+        ("epochs = 1\nflip", "epochs = true\nflip", "nets.small.victim", "= true is not valid: .*a number"),
         ("flip_fraction = 0.9", "pi = 0.9", "defenses.re-wide", "no option 'pi'.*flip_fraction"),
         ("[defenses.none]", '[[grid]]\nattacks = ["B*"]\n[defenses.none]', "grid.0.attacks", "none of A-1SC"),
         ("[defenses.none]", '[defenses."a/b"]\n[defenses.none]', "defenses.a/b", "pattern"),

@@ -75,9 +75,14 @@ def validated(cls: type[T], options: Mapping[str, Any], what: str) -> T:
     if unknown:
         raise UntrojanError(f"{what} has no option {unknown[0]!r}: it takes {', '.join(allowed) or 'none'}")
     try:
-        return TypeAdapter(cls).validate_python(dict(options))
+        made = TypeAdapter(cls).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "options"
         given = first.get("input")
         raise UntrojanError(f"{what}: {place} = {given!r} is not valid: {first['msg']}") from None
+    for key, given in options.items():
+        # pydantic takes true for 1.
+        if isinstance(given, bool) and not isinstance(getattr(made, key), bool):
+            raise UntrojanError(f"{what}: {key} = {str(given).lower()} is not valid: give it a number")
+    return made

@@ -55,7 +55,7 @@ def run(
 
     Exit status: 0 all done or out of budget, 1 some cells failed.
 
-    Example: [bold]untrojan bench run plans/re-desk.toml --out runs/re --budget 100m[/bold]
+    Example: [bold]untrojan bench run plans/re-desk-fashion-mnist.toml --out runs/re --budget 100m[/bold]
     """
     options.begin(threads, quiet)
     seconds = None if budget is None else seconds_of(budget)
@@ -87,7 +87,7 @@ def table(
 ) -> None:
     """Print a plan's tables: means, spreads, and the published figures beside them.
 
-    Example: [bold]untrojan bench table plans/re-desk.toml --results results[/bold]
+    Example: [bold]untrojan bench table plans/re-desk-fashion-mnist.toml --results results/re[/bold]
     """
     from untrojan.bench.table import render
 
@@ -104,7 +104,7 @@ def list_cells(
 ) -> None:
     """List a plan's cells and how each stands. Nothing is run.
 
-    Example: [bold]untrojan bench list plans/re-desk.toml --out runs/re[/bold]
+    Example: [bold]untrojan bench list plans/re-desk-fashion-mnist.toml --out runs/re[/bold]
     """
     from untrojan.bench.runner import list_plan
 
