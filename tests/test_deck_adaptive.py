@@ -16,7 +16,7 @@ from untrojan.attacks.poisoning import selected_rows
 from untrojan.data.image_set import Splits
 from untrojan.defenses.repair import hardening
 from untrojan.defenses.repair.deck import DECK
-from untrojan.defenses.repair.hardening import Hardener
+from untrojan.defenses.repair.hardener import Hardener
 from untrojan.errors import UntrojanError
 from untrojan.inversion.generators import MaskGenerator
 from untrojan.metrics.accuracy import attack_success_rate, benign_accuracy

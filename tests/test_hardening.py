@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from untrojan.data.augment import collage
 from untrojan.data.image_set import ImageSet
 from untrojan.data.signs import make_signs
+from untrojan.defenses.repair import hardener as hardener_module
 from untrojan.defenses.repair import hardening, hardening_memory
 from untrojan.defenses.repair.deck import DECK
-from untrojan.defenses.repair.hardening import Hardener, Hardening, Turn
+from untrojan.defenses.repair.hardener import Hardener, Turn
+from untrojan.defenses.repair.hardening import Hardening
 from untrojan.defenses.repair.hardening_memory import PairStates, UniversalStates, choose_pairs, promise
 from untrojan.defenses.repair.moth import MOTH
 from untrojan.defenses.repair.registry import REPAIRS
@@ -71,6 +73,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = hardening.Hardening.schedules
     monkeypatch.setattr(hardening.Hardening, "schedules", schedules)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any], Inversion]]:
+    """Every search from now on: how :func:`invert` was called, and what came of it."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any], Inversion]] = []
+
+    def watching(*arguments: Any, **named: Any) -> Inversion:
+        seen.append((arguments, named, invert(*arguments, **named)))
+        return seen[-1][-1]
+
+    for module in (hardening, hardener_module):
+        monkeypatch.setattr(module, "invert", watching)
+    return seen
 
 
 def test_promise_is_both_ways_together() -> None:
@@ -222,14 +237,7 @@ def test_searches_take_turns_from_period_to_period(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
-    costs: list[float] = []
-
-    def watching(*arguments: Any, **named: Any) -> Any:
-        schedule = arguments[4]
-        costs.append(schedule.shrink.cost)
-        return invert(*arguments, **named)
-
-    monkeypatch.setattr(hardening, "invert", watching)
+    searches = watched(monkeypatch)
     # Nothing is ever found, so that every step is a period's first.
     moth = replace(QUICK, steps=8, period=2, flip_fraction=1.0)
     monkeypatch.setattr(MOTH, "generator", lambda *_: MaskGenerator(Adam(1e-9)))
@@ -238,7 +246,7 @@ def test_searches_take_turns_from_period_to_period(
     )
     with pytest.raises(UntrojanError, match="nothing was hardened"):
         moth(model, clean)
-    universal, *pairs = costs
+    universal, *pairs = [arguments[4].shrink.cost for arguments, _, _ in searches]
     usual = MaskGenerator().cost
     assert universal == usual
     assert len(pairs) >= 8
@@ -251,14 +259,7 @@ def test_triggers_of_two_kinds_are_kept_apart(
 ) -> None:
     """Masks and filters: other parameters, which nothing could mix."""
     model, clean, _ = trained
-    searched: list[int] = []
-
-    def watching(*arguments: Any, **named: Any) -> Any:
-        if named["description"] == "inverting pairs":
-            searched.append(named["start"][0].numel())
-        return invert(*arguments, **named)
-
-    monkeypatch.setattr(hardening, "invert", watching)
+    searches = watched(monkeypatch)
     masks, filters = MaskGenerator(), FilterGenerator(second_moments(to_float(clean.images)))
     turns = (Turn(masks), Turn(filters, 1), Turn(masks))
     monkeypatch.setattr(MOTH, "by_turns", lambda *_: turns)
@@ -269,6 +270,7 @@ def test_triggers_of_two_kinds_are_kept_apart(
         for each in (masks, filters)
     )
     assert mask != window
+    searched = [named["start"][0].numel() for _, named, _ in searches if "start" in named]
     assert searched[:12] == [mask, mask, window, window, mask, mask] * 2
     steps = [visit["step"] for visit in report.history["visits"]]
     assert steps == sorted(steps)
@@ -282,21 +284,16 @@ def test_universal_triggers_are_looked_for_anew_in_each_period(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
-    searched: list[tuple[str, list[int]]] = []
-
-    def watching(*arguments: Any, **named: Any) -> Any:
-        searched.append((named["description"], arguments[2][:, 0].tolist()))
-        return invert(*arguments, **named)
-
-    monkeypatch.setattr(hardening, "invert", watching)
+    searches = watched(monkeypatch)
     turns = (Turn(MaskGenerator()), Turn(MaskGenerator(), 1, universal=0.25))
     monkeypatch.setattr(MOTH, "by_turns", lambda *_: turns)
     moth = replace(QUICK, steps=12, period=2, flip_fraction=0.01)
     report = moth(model, clean)
     universal, pairs = "inverting universal triggers", "inverting pairs"
     # Two warm-ups; then a pair is looked for in each step of its period, universal triggers once.
-    assert [what for what, _ in searched[:8]] == [universal] * 2 + [pairs, pairs, universal] * 2
-    assert searched[4][1] == [ANY] * 4
+    described = [named["description"] for _, named, _ in searches[:8]]
+    assert described == [universal] * 2 + [pairs, pairs, universal] * 2
+    assert searches[4][0][2][:, 0].tolist() == [ANY] * 4
     visits = report.history["visits"]
     assert [visit["source"] for visit in visits[2:6]] == [None] * 4
     assert [visit["target"] for visit in visits[2:6]] == [0, 1, 2, 3]
@@ -309,16 +306,10 @@ def test_the_warm_up_searches_more_than_once_and_stamps_all_that_it_found(
     trained: tuple[Classifier, ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, clean, _ = trained
-    found: list[Tensor] = []
-
-    def watching(*arguments: Any, **named: Any) -> Inversion:
-        result = invert(*arguments, **named)
-        found.append(result.parameters)
-        return result
-
-    monkeypatch.setattr(hardening, "invert", watching)
+    searches = watched(monkeypatch)
     monkeypatch.setattr(MOTH, "opens", lambda *_: (MaskGenerator(), AdditiveGenerator()))
     hardener = QUICK.hardener(trainable(model), clean, 16)
+    found = [inversion.parameters for _, _, inversion in searches]
     assert len(found) == 3
     # The same kind from another place.
     assert found[0].shape == found[1].shape
@@ -387,7 +378,7 @@ def test_universal_triggers_go_on_a_share_of_all_images_each_towards_another_cla
     grey = torch.tensor([[0.1], [0.2], [0.3], [0.4]])
     solved = torch.tensor([True, False, True, True])
     found = Inversion(pairs, grey, solved.float(), solved, torch.ones(4))
-    monkeypatch.setattr(hardening, "invert", lambda *_, **__: found)
+    monkeypatch.setattr(hardener_module, "invert", lambda *_, **__: found)
     monkeypatch.setattr(_Paint, "size", lambda _, parameters: 10 * parameters[:, 0], raising=False)
     hardener.step.fill_(4)
     images, labels = torch.ones(96, 3, 16, 16), clean.labels[:96]

@@ -27,7 +27,8 @@ from untrojan.attacks.poisoning import PoisonedData, Poisoning, poison_with, sel
 from untrojan.data.image_set import ImageSet, Splits
 from untrojan.defenses.repair.clean_data import weights_fingerprint
 from untrojan.defenses.repair.deck import DECK
-from untrojan.defenses.repair.hardening import Hardener, Hardening
+from untrojan.defenses.repair.hardener import Hardener
+from untrojan.defenses.repair.hardening import Hardening
 from untrojan.inversion.engine import Adam
 from untrojan.models.classifier import Classifier
 from untrojan.models.frozen import trainable

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Interval
 
 from untrojan.data.image_set import ImageSet
-from untrojan.defenses.repair.hardening import Hardening, Turn
+from untrojan.defenses.repair.hardener import Turn
+from untrojan.defenses.repair.hardening import Hardening
 from untrojan.errors import UntrojanError
 from untrojan.inversion.engine import Adam
 from untrojan.inversion.feature_space import PAPER_WEIGHTS, STATISTICS, LossWeights

@@ -7,9 +7,14 @@ Tao et al., "Model Orthogonalization: Class Distance Hardening in Neural Network
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from untrojan.data.image_set import ImageSet
 from untrojan.inversion.engine import Inversion
+from untrojan.inversion.generators import Generator
+from untrojan.models.classifier import Classifier, to_float
+from untrojan.models.frozen import frozen
 
 STORED_NUMBERS = 1 << 26
 """Of remembered triggers at most, a quarter of a gigabyte: DECK's have 150,000 each,
@@ -42,6 +47,33 @@ def choose_pairs(promised: Tensor, count: int, explore: float, random: torch.Gen
         open_pairs[pair] = False
         open_pairs[:, pair] = False
     return chosen
+
+
+@torch.no_grad()
+def universal_effects(
+    model: Classifier, sample: ImageSet, generator: Generator, seed: int, found: Inversion
+) -> tuple[Tensor, Tensor]:
+    """U and the sizes, (K, K) with zero diagonals: what each target's trigger does to each source's images.
+
+    U is (CE before - CE after) / CE before, cross-entropies with the target averaged over the source's images
+    first: an image that lies in the target's region already would divide by nothing.
+    """
+    asked, problem, count = frozen(model), generator.problem(seed), sample.num_classes
+    images = to_float(sample.images, model.device)
+    labels = sample.labels.to(model.device)
+    by_class = F.one_hot(labels, count).float() / sample.class_counts.to(model.device)
+    before = -torch.cat([asked(part).log_softmax(1) for part in images.split(512)])
+    gains, sizes = torch.zeros(count, count), torch.zeros(count, count)
+    for target in range(count):
+        parameters = found.parameters[target : target + 1].to(model.device)
+        after, moved = [], []
+        for part in images.split(512):
+            after.append(-asked(problem.embed(parameters, part[None])[0]).log_softmax(1)[:, target])
+            moved.append(generator.moved(problem, parameters, part[None])[0])
+        start = by_class.T @ before[:, target]
+        gains[:, target] = ((start - by_class.T @ torch.cat(after)) / start.clamp_min(1e-6)).cpu()
+        sizes[:, target] = (by_class.T @ torch.cat(moved)).cpu()
+    return gains.fill_diagonal_(0), sizes.fill_diagonal_(0)
 
 
 class _Visits:
