@@ -17,7 +17,8 @@ from untrojan.cli.main import main
 from untrojan.cost import Cost
 from untrojan.data.image_set import ImageSet, Splits, numbered
 from untrojan.data.save import save_npz
-from untrojan.defenses.repair.auto import Candidate, choose, worth_scanning
+from untrojan.defenses.repair.auto import QUICK as QUICK_ONES
+from untrojan.defenses.repair.auto import Candidate, choose, fitting, worth_scanning
 from untrojan.defenses.repair.report import RepairReport
 from untrojan.defenses.scanning.neural_cleanse import NeuralCleanse
 from untrojan.defenses.scanning.report import InvertedTrigger, ScanReport
@@ -143,6 +144,26 @@ def test_auto_keeps_what_leaves_the_longest_way_and_says_so(
     assert "a smaller trigger is left" in page
     assert page.count("data:image/png") == 2
     assert model.read_bytes() == content
+
+
+def test_auto_hardens_against_what_the_scan_found(
+    backdoored: Backdoored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = CleanImages(backdoored.clean, backdoored.test, "test")
+    asked: list[ScanReport | None] = []
+
+    def watching(found: ScanReport | None) -> tuple[str, ...]:
+        asked.append(found)
+        return ("clp",)
+
+    monkeypatch.setattr("untrojan.repair.fitting", watching)
+    for size, hardening in ((2.0, "moth"), (7.0, "deck")):
+        monkeypatch.setattr(NeuralCleanse, "__call__", faked_scan([size, 9.0]))
+        done = run_repair(backdoored.model, images, RepairOptions())
+        assert [each.name for each in done.candidates] == ["clp"]
+        assert asked[-1] is done.scan_before
+        assert set(fitting(asked[-1])) - set(QUICK_ONES) == {hardening}
+    assert {"moth", "deck", *QUICK_ONES} == set(fitting(None))
 
 
 def test_auto_looks_for_triggers_only_in_what_it_may_keep() -> None:

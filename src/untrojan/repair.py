@@ -12,7 +12,7 @@ from annotated_types import Ge, Interval
 
 from untrojan.cost import Cost, measure
 from untrojan.data.image_set import ImageSet, Splits
-from untrojan.defenses.repair.auto import QUICK, Candidate, choose, worth_scanning
+from untrojan.defenses.repair.auto import Candidate, choose, fitting, worth_scanning
 from untrojan.defenses.repair.inverted import inversion_file, smallest_mask
 from untrojan.defenses.repair.registry import REPAIRS, Repair
 from untrojan.defenses.repair.report import RepairReport
@@ -41,8 +41,8 @@ class RepairOptions:
     method: str = AUTO
     """A name of ``defenses.repair.registry.REPAIRS``; ``auto`` tries several and chooses."""
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    tried: tuple[str, ...] = QUICK
-    """What ``auto`` tries."""
+    tried: tuple[str, ...] | None = None
+    """What ``auto`` tries. None: :func:`~untrojan.defenses.repair.auto.fitting`."""
     tolerance: Annotated[float, Interval(ge=0, le=1)] = 0.03
     """Accuracy that ``auto`` lets a repair cost."""
     share: Annotated[float, Interval(gt=0, le=1)] | None = None
@@ -66,14 +66,15 @@ class RepairOptions:
             options["encoder"] = self.encoder
         return REPAIRS.build(name, {**options, **self.method_options})
 
-    def repairs(self) -> dict[str, Repair]:
-        """What will be tried, by name. Raises UntrojanError as :meth:`repair` does, and for options that
-        ``auto`` could not know what to do with."""
+    def repairs(self, found: ScanReport | None = None) -> dict[str, Repair]:
+        """What will be tried, by name, where a scan ``found`` this; without it, all that may be. Raises
+        UntrojanError as :meth:`repair` does, and for options that ``auto`` could not know what to do with."""
         if self.method != AUTO:
             return {self.method: self.repair(self.method)}
         if self.method_options:
             raise UntrojanError("settings belong to one method: name it instead of auto, or drop them")
-        return {name: self.repair(name) for name in self.tried}
+        tried = fitting(found) if self.tried is None else self.tried
+        return {name: self.repair(name) for name in tried}
 
     def distances(self) -> ClassDistance | None:
         """How class distances are measured, if they are. Raises UntrojanError for an encoder that nothing
@@ -164,7 +165,7 @@ def run_repair(
     for a model that is no better than chance, for a network that the method cannot repair, and, of ``auto``,
     where no method can.
     """
-    repairs, measuring = options.repairs(), options.distances()
+    measuring = options.distances()
     costs: dict[str, Cost] = {}
     with measure() as costs["accuracy before"]:
         before = benign_accuracy(model, images.held_out)
@@ -179,6 +180,7 @@ def run_repair(
         place = work and work / "distances-before.safetensors"
         with measure() as costs["class distances before"]:
             probe = DistanceProbe.of(model, images.repair, images.held_out, measuring, place)
+    repairs = options.repairs(scan_before)
     candidates, scans = _tried_all(model, images, options, repairs, before, work, costs)
     chosen = choose(candidates, before, options.tolerance)
     if chosen is None or chosen.report is None:

@@ -32,8 +32,8 @@ def repair(
         str,
         typer.Option(
             metavar="NAME",
-            help="auto: try the quick ones and keep the best; or finetune, fine-pruning, nad, anp, moth, "
-            "deck and others, which an unknown name lists.",
+            help="auto: try the quick ones, and moth where a scan finds a patch, else deck; keep the best; "
+            "or finetune, fine-pruning, nad, anp, moth, deck and others, which an unknown name lists.",
         ),
     ] = "auto",
     method_option: Annotated[
@@ -42,7 +42,7 @@ def repair(
     tried: Annotated[
         list[str] | None,
         typer.Option(
-            "--try", metavar="NAME", help="What auto tries instead of the quick ones; repeatable, or all."
+            "--try", metavar="NAME", help="What auto tries instead; repeatable, or all."
         ),
     ] = None,
     share: Annotated[

@@ -7,10 +7,23 @@ from dataclasses import dataclass
 
 from untrojan.cost import Cost
 from untrojan.defenses.repair.report import RepairReport
+from untrojan.defenses.scanning.report import ScanReport
 
 QUICK = ("finetune", "fine-pruning", "nad", "unlearning", "neuron-pruning", "clp", "ft-sam", "i-bau")
-"""What is tried where nothing is said: the repairs that take minutes on two cores. ANP's two thousand steps,
-MCR's curve and the searches of MOTH and DECK take ten times as long; all are there to be named."""
+"""The repairs that take minutes on two cores. ANP's two thousand steps, MCR's curve and the searches of MOTH
+and DECK take up to ten times as long."""
+
+
+def fitting(found: ScanReport | None) -> tuple[str, ...]:
+    """What is tried where nothing is said: the quick ones and what hardens against what a scan found.
+
+    Where a scan for patches found a backdoor, that is MOTH. Where it did not, there may be one all the same
+    that changes the whole image, which such a scan hardly sees, and that is what DECK is for. None: before
+    the scan, all that may be tried.
+    """
+    if found is None:
+        return (*QUICK, "moth", "deck")
+    return (*QUICK, "moth" if found.verdict == "poisoned" else "deck")
 
 
 @dataclass(frozen=True, eq=False)
