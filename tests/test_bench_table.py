@@ -266,6 +266,13 @@ def test_cells_of_either_kind(bench: Bench) -> None:
     bench.plan_path.write_text(PLAN.replace('{ attacks = ["?-1SC"] }', both))
     bench.plan = read_plan(bench.plan_path)
     assert bench.verdicts()["right target"] == ("holds", 6)
+    one = '[{ attacks = ["A-1SC"] }, { attacks = ["F-1SC"], seeds = [1] }]'
+    bench.plan_path.write_text(PLAN.replace('{ attacks = ["?-1SC"] }', one))
+    bench.plan = read_plan(bench.plan_path)
+    assert bench.verdicts()["right target"] == ("holds", 4)
+    bench.plan_path.write_text(PLAN.replace('{ attacks = ["?-1SC"] }', one.replace("[1]", "[3]")))
+    with pytest.raises(UntrojanError, match=r"bounds\.0\.cells\.seeds: '3' matches none of 0, 1, 2"):
+        read_plan(bench.plan_path)
     bench.plan_path.write_text(
         PLAN.replace('{ attacks = ["?-1SC"] }', '[{ attacks = ["A-1SC"] }, { attacks = ["B"] }]')
     )
@@ -316,5 +323,8 @@ def test_format_and_place(bench: Bench, tmp_path: Path) -> None:
 def test_what_is_left_of_a_backdoor_is_counted_above_a_clean_model() -> None:
     result = {"result": {"retrained": {"attack_success": 0.053}, "clean_model": {"attack_success": 0.059}}}
     assert value_of(result, "retrained.above_clean_model") == pytest.approx(-0.006)
+    result["result"]["repaired"] = {"attack_success": 0.079}
+    assert value_of(result, "final.above_clean_model") == pytest.approx(0.02)
     del result["result"]["clean_model"]
     assert value_of(result, "retrained.above_clean_model") is None
+    assert value_of(result, "final.above_clean_model") is None

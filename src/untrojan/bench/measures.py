@@ -115,6 +115,7 @@ MEASURES: Mapping[str, Measure] = {
     # Of the model that one ends with: the training defence's, the repaired or the retrained one, else the
     # victim.
     "final.attack_success": Measure("ASR", "share"),
+    "final.above_clean_model": Measure("ASR above a clean model's", "share"),
     "final.benign_accuracy": Measure("BA", "share"),
     "final.accuracy_drop": Measure("BA below clean", "share"),
     "final.accuracy_cost": Measure("BA below undefended", "share"),
@@ -149,7 +150,7 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
     if section == "final":
         return _final(sections, key)
     if name == "retrained.above_clean_model":
-        return _above_clean_model(sections)
+        return _above_clean_model(sections.get(section), sections)
     if key.startswith("above_inter_"):
         return _above_inter(sections.get(section), key.removeprefix("above_inter_"))
     found = sections.get(section)
@@ -172,6 +173,8 @@ def beside_regular(values: Mapping[str, float], regular: Mapping[str, float]) ->
 
 def _final(sections: Mapping[str, Any], key: str) -> float | None:
     model = next((sections[each] for each in FINAL if each in sections), None)
+    if key == "above_clean_model":
+        return _above_clean_model(model, sections)
     if key != "accuracy_cost":
         return _number(model, key)
     after = _number(model, "benign_accuracy")
@@ -179,9 +182,9 @@ def _final(sections: Mapping[str, Any], key: str) -> float | None:
     return None if after is None or before is None else before - after
 
 
-def _above_clean_model(sections: Mapping[str, Any]) -> float | None:
-    """What is left of a backdoor: no cleansing goes below what a model takes for the target without any."""
-    after = _number(sections.get("retrained"), "attack_success")
+def _above_clean_model(model: Any, sections: Mapping[str, Any]) -> float | None:
+    """What is left of a backdoor: no defence goes below what a model takes for the target without any."""
+    after = _number(model, "attack_success")
     without = _number(sections.get("clean_model"), "attack_success")
     return None if after is None or without is None else after - without
 

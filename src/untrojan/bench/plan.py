@@ -346,23 +346,15 @@ class DefenseEntry(_Strict):
         return self.published or self.cleanser or trained or self.repair or scanned or "none"
 
 
-class GridEntry(_Strict):
-    """Cells: the product of what these patterns match."""
+class Choice(_Strict):
+    """Which cells a grid is made of, or a table or a bound is about: the product of what these match."""
 
     data: Patterns = ["*"]
     nets: Patterns = ["*"]
     attacks: Patterns = ["*"]
     defenses: Patterns = ["*"]
     seeds: list[int] | None = None
-
-
-class Choice(_Strict):
-    """Which cells a table or a bound is about."""
-
-    data: Patterns = ["*"]
-    nets: Patterns = ["*"]
-    attacks: Patterns = ["*"]
-    defenses: Patterns = ["*"]
+    """None: all of the plan's."""
 
     def takes(self, axes: Mapping[str, Any]) -> bool:
         pairs = [
@@ -371,7 +363,11 @@ class Choice(_Strict):
             ("attack", self.attacks),
             ("defense", self.defenses),
         ]
-        return all(any(fnmatch.fnmatchcase(str(axes[axis]), p) for p in patterns) for axis, patterns in pairs)
+        named = all(
+            any(fnmatch.fnmatchcase(str(axes[axis]), pattern) for pattern in patterns)
+            for axis, patterns in pairs
+        )
+        return named and (self.seeds is None or axes["seed"] in self.seeds)
 
 
 Cells = Annotated[
@@ -485,7 +481,7 @@ class Plan(_Strict):
     defenses: Annotated[dict[Name, DefenseEntry], Field(min_length=1)]
     recipes: dict[Name, dict[str, Any]] = {}
     """Fields of a recipe, or ``preset = NAME`` and the fields that differ from it."""
-    grid: list[GridEntry] = [GridEntry()]
+    grid: list[Choice] = [Choice()]
     potency: Potency = Potency()
     tables: list[TableEntry] = []
     comparisons: list[ComparisonEntry] = []
@@ -589,7 +585,7 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
             yield f"defenses.{name}.distance_options", asked
         if defense.scan is not None:
             yield f"defenses.{name}.scan", partial(SCANNERS.build, defense.scan.method, defense.scan.options)
-    choices: list[tuple[str, GridEntry | Choice]] = [
+    choices: list[tuple[str, Choice]] = [
         *((f"grid.{index}", grid) for index, grid in enumerate(plan.grid)),
         *((f"tables.{table.name}.cells", choice) for table in plan.tables for choice in table.cells),
         *((f"comparisons.{each.name}.cells", choice) for each in plan.comparisons for choice in each.cells),
@@ -605,6 +601,10 @@ def _checks(plan: Plan) -> Iterable[tuple[str, Callable[[], object]]]:
     for (key, choice), axis in itertools.product(choices, ("data", "nets", "attacks", "defenses")):
         for pattern in getattr(choice, axis):
             yield f"{key}.{axis}", partial(matching, pattern, list(getattr(plan, axis)))
+    seeds = [str(seed) for seed in (*plan.seeds, *(seed for grid in plan.grid for seed in grid.seeds or ()))]
+    for key, choice in choices:
+        for seed in choice.seeds or ():
+            yield f"{key}.seeds", partial(matching, str(seed), seeds)
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
