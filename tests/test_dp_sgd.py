@@ -73,7 +73,8 @@ def test_each_images_gradient_is_its_own(dp: Any) -> None:
         F.cross_entropy(model(images), data.labels).backward()
         for index, weight in enumerate(model.parameters()):
             expected = torch.stack([each[index] for each in alone])
-            torch.testing.assert_close(weight.grad_sample, expected, rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
+            # A batch is summed in another order than its images, and not on each machine in the same.
+            torch.testing.assert_close(weight.grad_sample, expected, rtol=1e-3, atol=1e-4)  # type: ignore[attr-defined]
     assert not any(hasattr(weight, "grad_sample") for weight in model.parameters())
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
 
